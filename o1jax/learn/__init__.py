@@ -1,0 +1,1 @@
+"""Learners: log-probabilities, objectives and one jitted train step for all of them."""

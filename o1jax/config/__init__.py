@@ -1,0 +1,19 @@
+"""What a run is told: typed sections and the reading of them, without JAX."""
+
+from o1jax.config.load import ConfigError, check, closest, diff, load, to_yaml
+from o1jax.config.sections import FREE_KEYS, STAGES, Config, MeshConfig, OptimConfig, Section
+
+__all__ = [
+  'FREE_KEYS',
+  'STAGES',
+  'Config',
+  'ConfigError',
+  'MeshConfig',
+  'OptimConfig',
+  'Section',
+  'check',
+  'closest',
+  'diff',
+  'load',
+  'to_yaml',
+]

@@ -1,0 +1,316 @@
+"""What a run is told: typed sections, read from YAML and `section.key=value`.
+
+The defaults are those of `configs/quickstart.yaml`; a file lists only what differs. Every fault of
+a file and its overrides is gathered into one `ConfigError`, before JAX is imported.
+
+To add a setting, add a field with a default and a comment that gives its unit; a relation between
+fields goes into the section's `relations`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+# The loop's stages in the order of a run; synthesis to rl repeat for every round.
+STAGES = ('tcg', 'synthesis', 'policy_sft', 'prm', 'rl', 'report')
+
+# What may change between a run and its continuation without changing what it computes.
+FREE_KEYS = (
+  'run.dir',
+  'run.checkpoint_every_s',
+  'run.log_every',
+  'mesh',
+  'sandbox.workers',
+  'sandbox.url',
+  'metrics',
+)
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Schedule = Literal['cosine', 'linear', 'constant']
+
+# Keys that a broken relation speaks of (relative to the section), and the sentence about it.
+Relation = tuple[tuple[str, ...], str]
+
+
+class Section(BaseModel):
+  """A frozen group of settings; unknown keys are faults."""
+
+  model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False, validate_default=True)
+
+  def relations(self) -> Iterator[Relation]:
+    """Yields every broken relation between this section's own fields."""
+    yield from ()
+
+  @model_validator(mode='after')
+  def _check_relations(self):
+    errors = [
+      InitErrorDetails(
+        type=PydanticCustomError('relation', '{text}', {'text': text, 'keys': keys}),
+        loc=(),
+        input=None,
+      )
+      for keys, text in self.relations()
+    ]
+    if errors:
+      raise ValidationError.from_exception_data(type(self).__name__, errors)
+    return self
+
+
+class RunConfig(Section):
+  """Where the run lives and how long it goes on."""
+
+  dir: str = 'runs/quickstart'
+  seed: Natural = 0
+  rounds: Count = 2  # of synthesis, policy SFT, PRM and RL
+  checkpoint_every_s: Positive = 10.0  # seconds between saves inside a training stage
+  log_every: Count = 10  # steps between two lines of metrics
+
+
+class MeshConfig(Section):
+  """Devices along each named axis; one of them may be -1: as many as are left."""
+
+  data: int = 1
+  fsdp: int = 1
+  tensor: int = 1
+
+  def relations(self) -> Iterator[Relation]:
+    """Sizes are positive, save one that is -1."""
+    sizes = self.model_dump()
+    for axis, size in sizes.items():
+      if size < 1 and size != -1:
+        yield (axis,), f'mesh.{axis}={size} is no size; use a positive number, or -1 to fill'
+    filled = tuple(axis for axis, size in sizes.items() if size == -1)
+    if len(filled) > 1:
+      yield filled, f'mesh has -1 on {" and ".join(filled)}; leave it on one axis'
+
+
+class ModelSection(Section):
+  """Which base model to start from."""
+
+  path: str = 'embedded'  # 'embedded' (o1jax/base_model), or a folder in the Hub's layout
+  dtype: Literal['float32', 'bfloat16'] = 'float32'  # of the computation
+
+
+class DataConfig(Section):
+  """Which problems there are, and how much of one is read."""
+
+  source: str = 'embedded'  # 'embedded' (the procedural family), or a file of problems
+  train_problems: Count = 500
+  dev_problems: Count = 200
+  test_problems: Count = 500
+  max_prompt_tokens: Count = 96
+  max_path_tokens: Count = 96  # of all steps of one path together
+
+
+class OptimConfig(Section):
+  """AdamW over a fixed number of steps."""
+
+  lr: Positive = 1e-3  # the peak
+  schedule: Schedule = 'cosine'  # after the warm-up
+  warmup: Natural = 10  # steps
+  steps: Count = 200
+  batch: Count = 64  # rows of one step, over all devices
+  weight_decay: NonNegative = 0.0
+  clip: NonNegative = 1.0  # global gradient norm; 0: not clipped
+  accumulate: Count = 1  # micro-batches that one step is cut into
+
+  def relations(self) -> Iterator[Relation]:
+    """The micro-batches are equal, and the warm-up ends."""
+    if self.batch % self.accumulate:
+      text = f'batch={self.batch} does not divide by accumulate={self.accumulate}'
+      yield ('batch', 'accumulate'), f'{text}; use a multiple of {self.accumulate}'
+    if self.warmup >= self.steps:
+      text = f'warmup={self.warmup} leaves none of steps={self.steps}'
+      yield ('warmup', 'steps'), f'{text}; use at most {self.steps - 1}'
+
+
+class TcgConfig(Section):
+  """The test-case generator: SFT, then DPO on shuffled outputs."""
+
+  sft: OptimConfig = OptimConfig(lr=1e-3, steps=200, batch=64)
+  dpo: OptimConfig = OptimConfig(lr=1e-4, steps=60, batch=32)
+  beta: Positive = 0.1
+  nll: NonNegative = 1.0  # weight of the NLL of the chosen side; without it DPO collapses
+  problems: Count = 500  # of the train split
+  tests_per_problem: Count = 3
+  max_tokens: Count = 192  # of one generated test part
+  samples: Count = 1  # test parts sampled for a problem
+  temperature: NonNegative = 0.7
+  control: bool = True  # also train on the chosen side alone, for as many steps
+
+
+class SearchConfig(Section):
+  """Tree search over reasoning steps."""
+
+  simulations: Count = 12  # roll-outs of one problem
+  children: Count = 4  # steps sampled for an expansion
+  depth_limit: Count = 9  # steps
+  c: NonNegative = 2.0  # exploration
+  c_schedule: Literal['constant', 'linear', 'exponential'] = 'constant'  # to a tenth
+  rule: Literal['uct', 'puct'] = 'uct'
+  temperature: Positive = 1.0
+  top_k: Natural = 0  # 0: no truncation
+  top_p: Share = 1.0
+  guided_children: Count = 6  # of a PRM-guided descent, from round 1
+  guided_descents: Natural = 2  # for each problem; 0: none
+  rows: Count = 256  # decoded at once
+  compile_weight: Share = 0.0  # the method's `a`: credit for a program that compiles
+
+
+class PolicySftConfig(Section):
+  """Policy SFT on the paths whose program passes every test."""
+
+  optim: OptimConfig = OptimConfig(lr=1e-3, steps=200, batch=64)
+  max_paths_per_problem: Count = 4
+
+
+class PrmConfig(Section):
+  """The process reward model."""
+
+  optim: OptimConfig = OptimConfig(lr=1e-3, steps=200, batch=32)
+  mode: Literal['pointwise', 'pairwise', 'both'] = 'both'
+  labels: Literal['soft', 'hard'] = 'soft'
+  pair_margin: Share = 0.15  # siblings whose mean returns differ by more make a pair
+  pair_coef: NonNegative = 1.0  # weight of the pair loss in 'both'
+
+
+class RlConfig(Section):
+  """Reinforcement on phi(R, r)."""
+
+  algorithm: Literal['ppo', 'grpo', 'dpo'] = 'grpo'
+  iterations: Count = 24
+  problems: Count = 48  # of one iteration
+  group: Count = 8  # rollouts of one problem
+  minibatch: Count = 96  # rows of one update
+  epochs: Count = 1  # passes over an iteration's rollouts
+  lr: Positive = 3e-4
+  schedule: Schedule = 'constant'
+  warmup: Natural = 0  # updates
+  weight_decay: NonNegative = 0.0
+  grad_clip: NonNegative = 1.0  # global gradient norm; 0: not clipped
+  temperature: Positive = 1.0  # of the rollouts, which are never truncated
+  clip: Positive = 0.2  # of the probability ratio
+  kl_coef: NonNegative = 0.0
+  kl_estimator: Literal['k1', 'k2', 'k3'] = 'k3'
+  gamma: Share = 0.9
+  alpha_start: Share = 1.0  # weight of the outcome in phi at the first iteration
+  alpha_end: Share = 0.5  # and at the last
+  alpha_schedule: Literal['linear', 'log', 'constant'] = 'linear'
+  tau_pass: float = 1.0  # outcome of a program that passes all tests
+  tau_fail: float = 0.0
+  negative_scale: NonNegative = 1.0  # multiplies negative advantages
+  imitation_coef: NonNegative = 0.0  # NLL of verified rollouts
+  gae_lambda: Share = 0.95
+  value_coef: NonNegative = 0.5
+  beta: Positive = 0.3  # of 'dpo'
+  nll: NonNegative = 1.0  # of 'dpo'
+  control: bool = True  # expert iteration beside it, on as many sampled tokens
+
+  @property
+  def rows(self) -> int:
+    """Rollouts of one iteration."""
+    return self.problems * self.group
+
+  @property
+  def optim(self) -> OptimConfig:
+    """The optimiser of the whole stage, counted in updates."""
+    return OptimConfig(
+      lr=self.lr,
+      schedule=self.schedule,
+      warmup=self.warmup,
+      steps=self.iterations * self.epochs * (self.rows // self.minibatch),
+      batch=self.minibatch,
+      weight_decay=self.weight_decay,
+      clip=self.grad_clip,
+    )
+
+  def relations(self) -> Iterator[Relation]:
+    """Minibatches are full, a group has something to compare, alpha falls."""
+    if self.rows % self.minibatch:
+      divisors = [n for n in range(1, self.rows + 1) if self.rows % n == 0]
+      near = min(divisors, key=lambda n: abs(n - self.minibatch))
+      text = f'rl.minibatch={self.minibatch} does not divide rl.problems*rl.group={self.rows}'
+      yield ('minibatch', 'problems', 'group'), f'{text}; use {near}'
+    else:
+      updates = self.iterations * self.epochs * (self.rows // self.minibatch)
+      if self.warmup >= updates:
+        text = f'rl.warmup={self.warmup} leaves none of the {updates} updates'
+        keys = ('warmup', 'iterations', 'epochs', 'minibatch', 'problems', 'group')
+        yield keys, f'{text}; use at most {updates - 1}'
+    if self.algorithm in ('grpo', 'dpo') and self.group < 2:
+      text = f'rl.group={self.group} has nothing to compare within a problem'
+      yield ('group', 'algorithm'), f"{text}; use 2 or more, or rl.algorithm='ppo'"
+    if self.alpha_end > self.alpha_start:
+      text = f'rl.alpha_end={self.alpha_end} is above rl.alpha_start={self.alpha_start}'
+      yield ('alpha_end', 'alpha_start'), f'{text}; alpha falls: exchange the two'
+    if self.tau_fail >= self.tau_pass:
+      text = f'rl.tau_fail={self.tau_fail} is not below rl.tau_pass={self.tau_pass}'
+      yield ('tau_fail', 'tau_pass'), f'{text}; a failure would be worth a success'
+
+
+class EvalConfig(Section):
+  """What the report measures."""
+
+  samples: Count = 4  # programs sampled for a problem: pass@1, majority, best-of-n
+  temperature: Positive = 1.0
+  rows: Count = 256  # decoded at once
+  search_children: Count = 6  # steps the PRM chooses from
+  search_beam: Count = 1
+  search_tokens: Natural = 0  # budget for a problem; 0: what majority and best-of-n spend
+  bootstrap: Count = 1000  # resamples of an interval
+  sampling_control: bool = True  # synthesis beside plain sampling at equal tokens
+  test_time: bool = True  # majority, best-of-n and search with the PRM
+
+
+class SandboxConfig(Section):
+  """Limits of one program under test."""
+
+  workers: Count | None = None  # None: one a core
+  cpu_s: Positive = 2.0  # CPU seconds for a test
+  wall_factor: Positive = 10.0  # wall limit = this times cpu_s
+  memory_mb: Count = 256
+  output_kb: Count = 64
+  allow_unsafe: bool = False  # run without isolation where the machine offers none
+  url: str | None = None  # a judge service instead of local workers
+
+
+class MetricsConfig(Section):
+  """What is written beside metrics.jsonl."""
+
+  tensorboard: bool = True
+
+
+class Config(Section):
+  """A whole run."""
+
+  run: RunConfig = RunConfig()
+  mesh: MeshConfig = MeshConfig()
+  model: ModelSection = ModelSection()
+  data: DataConfig = DataConfig()
+  tcg: TcgConfig = TcgConfig()
+  search: SearchConfig = SearchConfig()
+  policy_sft: PolicySftConfig = PolicySftConfig()
+  prm: PrmConfig = PrmConfig()
+  rl: RlConfig = RlConfig()
+  eval: EvalConfig = EvalConfig()
+  sandbox: SandboxConfig = SandboxConfig()
+  metrics: MetricsConfig = MetricsConfig()
+
+  def relations(self) -> Iterator[Relation]:
+    """What sections ask of one another."""
+    if self.tcg.problems > self.data.train_problems:
+      text = f'tcg.problems={self.tcg.problems} exceeds data.train_problems'
+      keys = ('tcg.problems', 'data.train_problems')
+      yield keys, f'{text}={self.data.train_problems}; use at most that'
+    if self.rl.problems > self.data.train_problems:
+      text = f'rl.problems={self.rl.problems} exceeds data.train_problems'
+      keys = ('rl.problems', 'data.train_problems')
+      yield keys, f'{text}={self.data.train_problems}; use at most that'

@@ -1,0 +1,70 @@
+"""Text to token ids and back, by the checkpoint's own tokenizer."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Sequence
+
+from o1jax.data import steps as steps_lib
+
+
+class Tokenizer:
+  """The Hub tokenizer of a model folder, with the few ids that o1jax needs.
+
+  `transformers` is the only truth for ids: sentencepiece's own `encode` can
+  differ from them.
+  """
+
+  def __init__(self, folder: str | pathlib.Path):
+    """Opens the tokenizer of `folder` (a Hub folder, read offline)."""
+    from transformers import AutoTokenizer  # seconds to import: only when used
+
+    self.folder = pathlib.Path(folder)
+    self._hub = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    self.bos_id = self._hub.bos_token_id
+    self.eos_id = self._hub.eos_token_id
+    self.pad_id = self._hub.pad_token_id if self._hub.pad_token_id is not None else self.eos_id
+    self.vocab_size = len(self._hub)
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of `text`, no special tokens added."""
+    return self._hub.encode(text, add_special_tokens=False)
+
+  def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+    """`encode` of many texts, in one call of the fast tokenizer."""
+    if not texts:
+      return []
+    return self._hub(list(texts), add_special_tokens=False)['input_ids']
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of `ids`, special tokens dropped."""
+    kept = [int(i) for i in ids if i not in (self.bos_id, self.eos_id, self.pad_id)]
+    return self._hub.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+  def prompt_ids(self, prompt: str) -> list[int]:
+    """A document's beginning: bos where the model has one, then the prompt."""
+    bos = [] if self.bos_id is None else [self.bos_id]
+    return bos + self.encode(prompt)
+
+  @functools.cached_property
+  def step_end_id(self) -> int:
+    """Id of the step delimiter.
+
+    Raises:
+      ValueError: the tokenizer has no single token for it.
+    """
+    return self._single(steps_lib.STEP_END)
+
+  @functools.cached_property
+  def action_ids(self) -> tuple[int, int, int]:
+    """Ids of the three action tags."""
+    return tuple(self._single(tag) for tag in steps_lib.ACTIONS)
+
+  def _single(self, tag: str) -> int:
+    ids = self.encode(tag)
+    if len(ids) != 1:
+      raise ValueError(
+        f'{tag!r} is {len(ids)} tokens in {self.folder}; add it to the tokenizer as a special token'
+      )
+    return ids[0]

@@ -1,0 +1,128 @@
+"""Log-probabilities of given tokens, without a [B, T, V] float32 array.
+
+The output layer is applied to a few columns at a time and recomputed in the backward
+pass: at V = 150k the logits of one batch would be larger than the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from o1jax.batch import TokenBatch
+from o1jax.losses import ppo
+from o1jax.models.transformer import Model
+
+# Logits alive at once when the caller does not say: 64 MiB of float32.
+_LOGITS_AT_ONCE = 1 << 24
+
+
+def predicted(segments: jax.Array) -> jax.Array:
+  """Which tokens have a prediction: not padding, and not the first of their document.
+
+  Args:
+    segments: [B, T] int32.
+
+  Returns:
+    [B, T] bool.
+  """
+  before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
+  return (segments > 0) & (segments == before)
+
+
+def token_logprobs(
+  model: Model,
+  params: Any,
+  tokens: jax.Array,
+  positions: jax.Array,
+  segments: jax.Array,
+  chunk: int | None = None,
+) -> jax.Array:
+  """`log p(tokens[b, t] | tokens[b, :t])` of every token.
+
+  Args:
+    model: the static model.
+    params: its parameters.
+    tokens: [B, T] int32.
+    positions: [B, T] int32.
+    segments: [B, T] int32, 0 for padding.
+    chunk: columns of logits alive at once; None takes as many as fit in 64 MiB.
+
+  Returns:
+    [B, T] float32; 0 for padding and for the first token of each document.
+  """
+  hidden = model.hidden(params, tokens, positions, segments)
+  logprobs = over_columns(model, params, hidden, tokens, target_logprobs, chunk)
+  return jnp.where(predicted(segments), logprobs, 0.0)
+
+
+def sequence_logprobs(
+  model: Model, params: Any, batch: TokenBatch, chunk: int | None = None
+) -> jax.Array:
+  """Summed log-probability of each row's tokens under the loss mask: [B] float32."""
+  logprobs = token_logprobs(model, params, batch.tokens, batch.positions, batch.segments, chunk)
+  return jnp.sum(logprobs * batch.loss_mask, axis=-1)
+
+
+def target_logprobs(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """Logits [B, C, V] float32 and targets [B, C] int32 -> log-probabilities [B, C]."""
+  chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def target_logprobs_and_entropy(
+  logits: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """As `target_logprobs`, and beside it the entropy in nats of each distribution."""
+  return target_logprobs(logits, targets), ppo.entropy(logits)
+
+
+def over_columns(
+  model: Model,
+  params: Any,
+  hidden: jax.Array,
+  tokens: jax.Array,
+  read: Callable[[jax.Array, jax.Array], Any],
+  chunk: int | None = None,
+) -> Any:
+  """Apply `read(logits [B, C, V], targets [B, C])` to all columns, C at a time.
+
+  Args:
+    model: the static model.
+    params: its parameters.
+    hidden: [B, T, D], the state after each token.
+    tokens: [B, T] int32; token t is the target of the state after token t - 1.
+    read: returns a pytree of [B, C] arrays; recomputed in the backward pass when
+      the columns take more than one piece.
+    chunk: C, or None for as many as fit in 64 MiB.
+
+  Returns:
+    The pytree of `read` with [B, T] arrays, aligned with `tokens`, 0 in column 0.
+  """
+  states, targets = hidden[:, :-1], tokens[:, 1:]
+  rows, columns, _ = states.shape
+  if chunk is None:
+    chunk = max(1, _LOGITS_AT_ONCE // (rows * model.config.vocab_size))
+
+  def piece(states, targets):
+    return read(model.logits(params, states), targets)
+
+  def aligned(x):
+    return jnp.pad(x, ((0, 0), (1, 0)))
+
+  if chunk >= columns:
+    return jax.tree.map(aligned, piece(states, targets))
+  pieces = -(-columns // chunk)
+
+  def cut(x):  # [B, columns, ...] -> [pieces, B, chunk, ...]; rows keep their devices
+    x = jnp.pad(x, ((0, 0), (0, pieces * chunk - columns)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(rows, pieces, chunk, *x.shape[2:]), 1, 0)
+
+  def join(x):
+    return aligned(jnp.moveaxis(x, 0, 1).reshape(rows, pieces * chunk)[:, :columns])
+
+  parts = jax.lax.map(lambda x: jax.checkpoint(piece)(*x), (cut(states), cut(targets)))
+  return jax.tree.map(join, parts)

@@ -1,0 +1,112 @@
+"""Rotary positions, masks, and causal attention with grouped key/value heads.
+
+Shapes as in `transformer`: q [B, T, N, H], k and v [B, S, K, H], G = N / K
+query heads share one key/value head. Softmax is in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from o1jax.models.config import ModelConfig
+
+# Finite, so that a row that sees nothing (padding) is uniform and not NaN.
+MASKED = -1e30
+
+
+class Masks(NamedTuple):
+  """Which key each query sees, [B, T, S] bool: in plain and in sliding layers."""
+
+  full: jax.Array
+  window: jax.Array | None
+
+  def layer(self, window: int | None) -> jax.Array:
+    """The mask of a layer with this attention window."""
+    return self.full if window is None else self.window
+
+
+def inverse_frequencies(config: ModelConfig) -> np.ndarray:
+  """RoPE frequencies [H / 2] in radians a token, with the config's scaling applied."""
+  exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+  frequencies = (1.0 / (config.rope_theta**exponent)).astype(np.float32)
+  scaling = config.rope_scaling
+  if scaling is None:
+    return frequencies
+  if scaling.kind == 'linear':
+    return frequencies / np.float32(scaling.factor)
+  # Llama 3.1: wavelengths beyond original/low are stretched, those below
+  # original/high are kept, a linear ramp in 1/wavelength lies between.
+  turns = scaling.original_max_position * frequencies / (2 * math.pi)
+  ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+  keep = np.clip(ramp, 0.0, 1.0)
+  return (keep * frequencies + (1 - keep) * frequencies / scaling.factor).astype(np.float32)
+
+
+def rope_table(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """positions [B, T] -> (cos, sin), each [B, T, 1, H / 2] float32."""
+  frequencies = inverse_frequencies(config).reshape(1, 1, 1, -1)
+  angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Rotates x [B, T, heads, H]: the halves of H are the two coordinates of each plane."""
+  cos, sin = rope
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def full_masks(config: ModelConfig, positions: jax.Array, segments: jax.Array) -> Masks:
+  """Causal masks inside equal non-zero segments, from [B, T] positions and segments."""
+  steps = jnp.arange(segments.shape[1])
+  causal = steps[None, :, None] >= steps[None, None, :]
+  same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
+  return _masks(config, causal & same, positions, positions)
+
+
+def cache_masks(
+  config: ModelConfig, positions: jax.Array, column: jax.Array, valid: jax.Array
+) -> Masks:
+  """Masks of t new tokens at columns `column..` over valid [R, S] cache columns."""
+  queries = column + jnp.arange(positions.shape[1])
+  causal = queries[None, :, None] >= jnp.arange(valid.shape[1])[None, None, :]
+  # A row's positions count its real tokens, so its columns' positions do too.
+  key_positions = jnp.cumsum(valid, axis=1) - 1
+  return _masks(config, causal & valid[:, None, :], positions, key_positions)
+
+
+def _masks(config: ModelConfig, full, queries: jax.Array, keys: jax.Array) -> Masks:
+  if config.sliding_window is None:
+    return Masks(full, None)
+  near = queries[:, :, None] - keys[:, None, :] < config.sliding_window
+  return Masks(full, full & near)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+  """softmax(q k^T / sqrt(H)) v over the keys that mask [B, T, S] allows.
+
+  q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H]. Query heads that share a
+  key head are rows of one product, so keys and values are never repeated.
+  """
+  batch, t, heads, width = q.shape
+  kv_heads = k.shape[2]
+  group = heads // kv_heads
+  q = (q * width**-0.5).astype(k.dtype).reshape(batch, t, kv_heads, group, width)
+  q = q.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, t * group, width)
+  k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, H]
+  scores = jnp.einsum('bkqh,bksh->bkqs', q, k, preferred_element_type=jnp.float32)
+  scores = scores.reshape(batch, kv_heads, t, group, -1)
+  scores = jnp.where(mask[:, None, :, None, :], scores, MASKED)
+  top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+  weights = jnp.exp(scores - top)
+  total = weights.sum(-1)
+  weights = weights.astype(v.dtype).reshape(batch, kv_heads, t * group, -1)
+  out = jnp.einsum('bkqs,bksh->bkqh', weights, v, preferred_element_type=jnp.float32)
+  # Dividing the [.., H] output, not the [.., S] weights, saves a pass.
+  out = out.reshape(batch, kv_heads, t, group, width) / total[..., None]
+  return out.transpose(0, 2, 1, 3, 4).reshape(batch, t, heads, width).astype(v.dtype)

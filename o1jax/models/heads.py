@@ -1,0 +1,105 @@
+"""Read-outs on a decoder's hidden states: the critic's scalar and the PRM's step score.
+
+Pure `init` / `apply` pairs on float32 parameters, zero-initialised, so that a
+fresh head scores everything 0 and never disturbs the trunk it is put on.
+Shapes: B rows, T tokens, M steps, R search rows, t tokens of one step, D width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from o1jax.models.config import ModelConfig
+
+HeadParams = dict[str, jax.Array]
+
+
+class ScalarHead:
+  """One number for each hidden state: value[...] = w . h[..., :] + b."""
+
+  @staticmethod
+  def init(config: ModelConfig, key: jax.Array | None = None) -> HeadParams:
+    """Zeros {'kernel': [D], 'bias': []}; `key` is taken for a uniform signature only."""
+    del key
+    return {'kernel': jnp.zeros((config.hidden_size,)), 'bias': jnp.zeros(())}
+
+  @staticmethod
+  def apply(params: HeadParams, hidden: jax.Array) -> jax.Array:
+    """hidden [..., D] -> values [...] float32."""
+    return hidden.astype(jnp.float32) @ params['kernel'] + params['bias']
+
+
+class StepHead:
+  """The score of a reasoning step, from the states before its tokens.
+
+      score_j = w . h[last token of j] + b + sum_{t in j} h[t - 1]^T W e(x_t)
+
+  The bilinear term judges every token as an action in the state before it; a
+  plain last-token head learns several times slower. r_j = sigmoid(score_j).
+  """
+
+  @staticmethod
+  def init(config: ModelConfig, key: jax.Array | None = None) -> HeadParams:
+    """Zeros {'kernel': [D], 'bias': [], 'bilinear': [D, D]}; `key` is not used."""
+    d = config.hidden_size
+    return ScalarHead.init(config, key) | {'bilinear': jnp.zeros((d, d))}
+
+  @staticmethod
+  def apply(
+    params: HeadParams,
+    hidden: jax.Array,
+    embeddings: jax.Array,
+    step_ids: jax.Array,
+    num_steps: int,
+  ) -> jax.Array:
+    """Scores of all steps of a row.
+
+    Args:
+      params: from `init`.
+      hidden: [B, T, D] after the final norm.
+      embeddings: [B, T, D], the trunk's embedding of each token.
+      step_ids: [B, T] int32, j for the tokens of step j (1..M, contiguous), else 0.
+      num_steps: M.
+
+    Returns:
+      [B, M] float32 in column j - 1; 0 where a row has no step j.
+    """
+    before = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    following = jnp.pad(step_ids[:, 1:], ((0, 0), (0, 1)))
+    scores = _token_scores(params, before, hidden, embeddings, step_ids != following)
+    steps = jnp.arange(1, num_steps + 1)
+    members = (step_ids[:, :, None] == steps[None, None, :]).astype(jnp.float32)
+    return jnp.einsum('bt,btm->bm', scores, members)
+
+  @staticmethod
+  def apply_step(
+    params: HeadParams,
+    previous: jax.Array,
+    hidden: jax.Array,
+    embeddings: jax.Array,
+    mask: jax.Array,
+  ) -> jax.Array:
+    """Score of one new step a row, as search meets it; equals `apply` on the whole row.
+
+    Args:
+      params: from `init`.
+      previous: [R, D], hidden state of the last token before the step.
+      hidden: [R, t, D] and
+      embeddings: [R, t, D] of the step's tokens.
+      mask: [R, t] bool, true on the step's tokens, which come first.
+
+    Returns:
+      [R] float32; 0 where a row's mask is empty.
+    """
+    before = jnp.concatenate([previous[:, None], hidden[:, :-1]], axis=1)
+    last = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+    scores = _token_scores(params, before, hidden, embeddings, last)
+    return jnp.sum(jnp.where(mask, scores, 0.0), axis=1)
+
+
+def _token_scores(params, before, hidden, embeddings, is_last) -> jax.Array:
+  """What each token adds to its step's score, [B, T] float32."""
+  before, embeddings = before.astype(jnp.float32), embeddings.astype(jnp.float32)
+  actions = jnp.sum((before @ params['bilinear']) * embeddings, axis=-1)
+  return actions + jnp.where(is_last, ScalarHead.apply(params, hidden), 0.0)

@@ -1,0 +1,269 @@
+"""The decoder: an NNX module with stacked layers, and the static `Model` around it.
+
+Shapes: B batch rows, T tokens, R decode rows, t new tokens, S cache columns,
+D width, N query heads, K key/value heads, G = N / K, H head dimension, F MLP
+width, V vocabulary. Outside `models/` a model is a hashable `Model` and a
+nested dict of arrays; NNX is seen only here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from o1jax.models import attention
+from o1jax.models.config import ModelConfig
+
+Params = dict[str, Any]
+Cache = tuple[tuple[jax.Array, jax.Array], ...]
+# Measured on 2 CPU cores: below this an unrolled loop beats lax.scan.
+UNROLL_LAYERS = 8
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+  """Root-mean-square normalisation over the last axis, in float32."""
+  wide = x.astype(jnp.float32)
+  inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+  return (wide * inverse).astype(x.dtype) * _as_last(scale, x)
+
+
+def _as_last(scale: jax.Array, x: jax.Array) -> jax.Array:
+  return scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+
+
+class Layer(nnx.Module):
+  """One block: attention and gated MLP, each on a normalised residual."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    c, d = config, config.hidden_size
+    std, dtype = config.initializer_range, jnp.dtype(config.dtype)
+
+    def normal(shape, axes):
+      return nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
+
+    def ones(shape, axes):
+      return nnx.Param(jnp.ones(shape, dtype), axes=axes)
+
+    def zeros(shape, axes):
+      return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
+
+    self.attn_norm = ones((d,), ('embed',))
+    self.q = normal((d, c.num_heads, c.head_dim), ('embed', 'heads', 'head_dim'))
+    self.k = normal((d, c.num_kv_heads, c.head_dim), ('embed', 'kv_heads', 'head_dim'))
+    self.v = normal((d, c.num_kv_heads, c.head_dim), ('embed', 'kv_heads', 'head_dim'))
+    self.o = normal((c.num_heads, c.head_dim, d), ('heads', 'head_dim', 'embed'))
+    if c.qkv_bias:
+      self.q_bias = zeros((c.num_heads, c.head_dim), ('heads', 'head_dim'))
+      self.k_bias = zeros((c.num_kv_heads, c.head_dim), ('kv_heads', 'head_dim'))
+      self.v_bias = zeros((c.num_kv_heads, c.head_dim), ('kv_heads', 'head_dim'))
+    if c.o_bias:
+      self.o_bias = zeros((d,), ('embed',))
+    if c.qk_norm:
+      self.q_norm = ones((c.head_dim,), ('head_dim',))
+      self.k_norm = ones((c.head_dim,), ('head_dim',))
+    self.mlp_norm = ones((d,), ('embed',))
+    self.gate = normal((d, c.intermediate_size), ('embed', 'mlp'))
+    self.up = normal((d, c.intermediate_size), ('embed', 'mlp'))
+    self.down = normal((c.intermediate_size, d), ('mlp', 'embed'))
+    self.config = config
+
+  def project(self, x: jax.Array, rope) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [B,T,D] -> rotated q [B,T,N,H] and k [B,T,K,H], and v [B,T,K,H]."""
+    c = self.config
+    x = rms_norm(x, self.attn_norm[...], c.rms_norm_eps)
+    q, k, v = (self._heads(x, name) for name in ('q', 'k', 'v'))
+    if c.qk_norm:
+      q = rms_norm(q, self.q_norm[...], c.rms_norm_eps)
+      k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
+    return attention.rotate(q, rope), attention.rotate(k, rope), v
+
+  def _heads(self, x: jax.Array, name: str) -> jax.Array:
+    kernel = getattr(self, name)[...]  # [D, heads, H]
+    out = (x @ kernel.reshape(kernel.shape[0], -1)).reshape(*x.shape[:-1], *kernel.shape[1:])
+    if self.config.qkv_bias:
+      bias = getattr(self, f'{name}_bias')[...]
+      out += bias.reshape((1,) * (out.ndim - 2) + bias.shape)
+    return out
+
+  def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+    """Residual x [B,T,D] and heads' output [B,T,N,H] -> the block's output."""
+    c = self.config
+    kernel = self.o[...]
+    mixed = attended.reshape(*x.shape[:-1], -1) @ kernel.reshape(-1, kernel.shape[-1])
+    if c.o_bias:
+      mixed += _as_last(self.o_bias[...], mixed)
+    x = x + mixed
+    y = rms_norm(x, self.mlp_norm[...], c.rms_norm_eps)
+    return x + (jax.nn.silu(y @ self.gate[...]) * (y @ self.up[...])) @ self.down[...]
+
+
+class Decoder(nnx.Module):
+  """Embedding, stacked layers [L, ...], final norm and (untied) output kernel."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    dtype = jnp.dtype(config.dtype)
+    shape = (config.vocab_size, config.hidden_size)
+    draw = functools.partial(jax.random.normal, shape=shape, dtype=dtype)
+    axes = ('vocab', 'embed')
+    self.embed = nnx.Param(config.initializer_range * draw(rngs.params()), axes=axes)
+    stack = nnx.vmap(lambda r: Layer(config, r), in_axes=0, out_axes=0)
+    self.layers = nnx.split_rngs(splits=config.num_layers)(stack)(rngs)
+    self.norm = nnx.Param(jnp.ones((config.hidden_size,), dtype), axes=('embed',))
+    if not config.tie_embeddings:
+      self.lm_head = nnx.Param(config.initializer_range * draw(rngs.params()), axes=axes)
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, Params, Params]:
+  """Graph definition of one layer; shapes and logical axes of all parameters."""
+  decoder = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(params=jax.random.key(0))))
+  graphdef, _ = nnx.split(decoder.layers)
+  state = nnx.state(decoder, nnx.Param)
+  shapes = nnx.to_pure_dict(state)
+  is_leaf = lambda v: isinstance(v, nnx.Variable)  # noqa: E731
+  axes = nnx.to_pure_dict(jax.tree.map(lambda v: _Axes(v.axes), state, is_leaf=is_leaf))
+  axes = jax.tree.map(lambda a: a.names, axes, is_leaf=lambda a: isinstance(a, _Axes))
+  axes['layers'] = {name: ('layers', *names) for name, names in axes['layers'].items()}
+  return graphdef, shapes, axes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axes:
+  names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A decoder as a hashable value: pure functions of a nested dict of parameters.
+
+  `remat` recomputes each layer in the backward pass instead of keeping it.
+  """
+
+  config: ModelConfig
+  remat: bool = False
+
+  def init(self, key: jax.Array) -> Params:
+    """Random parameters: normal(0, initializer_range), norms one, biases zero."""
+    return nnx.to_pure_dict(nnx.state(Decoder(self.config, nnx.Rngs(params=key)), nnx.Param))
+
+  def shapes(self) -> Params:
+    """The parameters as `jax.ShapeDtypeStruct`, without allocating them."""
+    return _abstract(self.config)[1]
+
+  def logical_axes(self) -> Params:
+    """For each parameter a tuple naming its axes, e.g. ('layers', 'embed', 'mlp')."""
+    return _abstract(self.config)[2]
+
+  def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
+    """tokens [...] int32 -> their embedding rows [..., D]."""
+    return jnp.take(params['embed'], tokens, axis=0)
+
+  def hidden(
+    self, params: Params, tokens: jax.Array, positions: jax.Array, segments: jax.Array
+  ) -> jax.Array:
+    """States after the final norm, [B, T, D].
+
+    Token t attends to the tokens s <= t of its own segment. All three inputs
+    are [B, T] int32; padding (`segments == 0`) yields values to be ignored.
+    """
+    return self.hidden_from_embeddings(params, self.embed(params, tokens), positions, segments)
+
+  def hidden_from_embeddings(
+    self, params: Params, x: jax.Array, positions: jax.Array, segments: jax.Array
+  ) -> jax.Array:
+    """Like `hidden`, from embeddings x [B, T, D]."""
+    c = self.config
+    rope = attention.rope_table(c, positions)
+    masks = attention.full_masks(c, positions, segments)
+
+    def block(x, weights, mask):
+      layer = nnx.merge(_abstract(c)[0], weights)
+      q, k, v = layer.project(x, rope)
+      return layer.finish(x, attention.attend(q, k, v, mask))
+
+    if self.remat:
+      block = jax.checkpoint(block)
+    if c.num_layers <= UNROLL_LAYERS:
+      for weights, window in zip(_unstack(params['layers'], c.num_layers), c.windows, strict=True):
+        x = block(x, weights, masks.layer(window))
+    else:
+      is_window = jnp.array([w is not None for w in c.windows])
+      full, window = masks.full, masks.window
+
+      def step(x, inputs):
+        weights, sliding = inputs
+        mask = full if window is None else jnp.where(sliding, window, full)
+        return block(x, weights, mask), None
+
+      x, _ = jax.lax.scan(step, x, (params['layers'], is_window))
+    return rms_norm(x, params['norm'], c.rms_norm_eps)
+
+  def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+    """hidden [..., D] -> next-token logits [..., V] in float32."""
+    kernel = params['embed'] if self.config.tie_embeddings else params['lm_head']  # [V, D]
+    return jax.lax.dot_general(
+      hidden,
+      kernel,
+      (((hidden.ndim - 1,), (1,)), ((), ())),
+      preferred_element_type=jnp.float32,
+    )
+
+  def empty_cache(self, rows: int, columns: int, dtype: jnp.dtype | None = None) -> Cache:
+    """Zeroed keys and values of `rows` x `columns` tokens: a (k, v) pair for each layer.
+
+    Axis 0 of every array is the row, axis 1 the column.
+    """
+    c = self.config
+    shape = (rows, columns, c.num_kv_heads, c.head_dim)
+    dtype = jnp.dtype(dtype or c.dtype)
+    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(c.num_layers))
+
+  def extend(
+    self,
+    params: Params,
+    cache: Cache,
+    tokens: jax.Array,
+    positions: jax.Array,
+    column: jax.Array,
+    valid: jax.Array,
+  ) -> tuple[jax.Array, Cache]:
+    """Reads t new tokens a row and returns (hidden [R, t, D], the longer cache).
+
+    Args:
+      params: the parameters.
+      cache: keys and values so far.
+      tokens: [R, t] int32, written at columns `column .. column + t - 1`.
+      positions: [R, t] int32, each row's own count of real tokens before.
+      column: int32 scalar, the same for every row.
+      valid: [R, S] bool, the columns that hold a real token of the row, the new
+        ones included. A column that is not valid is never attended to.
+    """
+    c = self.config
+    rope = attention.rope_table(c, positions)
+    masks = attention.cache_masks(c, positions, column, valid)
+    x = self.embed(params, tokens)
+    grown = []
+    layers = _unstack(params['layers'], c.num_layers)
+    for weights, (keys, values), window in zip(layers, cache, c.windows, strict=True):
+      layer = nnx.merge(_abstract(c)[0], weights)
+      q, k, v = layer.project(x, rope)
+      keys = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), column, axis=1)
+      values = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), column, axis=1)
+      grown.append((keys, values))
+      attended = attention.attend(q, keys, values, masks.layer(window)).astype(x.dtype)
+      x = layer.finish(x, attended)
+    return rms_norm(x, params['norm'], c.rms_norm_eps), tuple(grown)
+
+
+def _unstack(layers: Params, count: int) -> list[Params]:
+  """Stacked [L, ...] parameters -> one dict a layer.
+
+  By lax.split: its transpose is one concatenation, that of indexing is L full-size additions.
+  """
+  parts = {name: jax.lax.split(a, (1,) * count) for name, a in layers.items()}
+  return [{name: part[i][0] for name, part in parts.items()} for i in range(count)]

@@ -1,0 +1,67 @@
+"""The device mesh: named axes `data`, `fsdp` and `tensor`, with errors that help.
+
+`data` splits the batch and repeats the parameters, `fsdp` splits both, `tensor`
+splits heads, MLP and vocabulary. One program runs on any of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+AXES = ('data', 'fsdp', 'tensor')
+
+
+def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh over all of `devices` (default: every device of the run).
+
+  Args:
+    shape: axis name -> size; a missing axis has size 1, one axis may be -1 and
+      takes the devices that are left.
+    devices: the devices to use, all of them.
+
+  Raises:
+    ValueError: an unknown axis, a size that is not positive, or a product that
+      is not the number of devices; the message proposes meshes that fit.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  unknown = sorted(set(shape) - set(AXES))
+  if unknown:
+    raise ValueError(f'unknown mesh axes {unknown}; the axes are {", ".join(AXES)}')
+  sizes = _fill(shape, len(devices))
+  if math.prod(sizes) != len(devices):
+    raise ValueError(
+      f'mesh {_spell(sizes)} needs {math.prod(sizes)} devices, found {len(devices)}; '
+      f'use {" or ".join(_proposals(len(devices)))}'
+    )
+  auto = (AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices)
+
+
+def _fill(shape: Mapping[str, int], count: int) -> tuple[int, ...]:
+  sizes = [shape.get(axis, 1) for axis in AXES]
+  if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+    raise ValueError(f'mesh {_spell(sizes)}: sizes are positive, at most one may be -1')
+  rest = math.prod(size for size in sizes if size != -1)
+  if -1 in sizes and count % rest:
+    raise ValueError(
+      f'mesh {_spell(sizes)} cannot be filled: {count} devices do not divide over {rest}; '
+      f'use {" or ".join(_proposals(count))}'
+    )
+  return tuple(count // rest if size == -1 else size for size in sizes)
+
+
+def _spell(sizes: Sequence[int]) -> str:
+  return ' '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes, strict=True))
+
+
+def _proposals(count: int) -> list[str]:
+  if count == 1:
+    return ['data=1']
+  meshes = [f'data={count}', f'fsdp={count}']
+  if count % 2 == 0 and count > 2:
+    meshes.append(f'data={count // 2} tensor=2')
+  return meshes

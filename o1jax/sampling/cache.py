@@ -1,0 +1,135 @@
+"""Decoding state over a column-aligned key/value cache with holes.
+
+Legend: R rows, S cache columns, T prompt tokens, t new tokens, D width.
+All rows write the same column, so the cache is updated in place by one slice
+and never scattered. What a row did not write there (it is finished, or its
+chunk is shorter) is a hole: `valid` is False and no query sees it. Rotary
+positions are kept per row, so holes and left padding do not shift them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from o1jax.models.transformer import Cache, Model, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+  """R sequences, each ready to be continued."""
+
+  cache: Cache  # keys and values, a pair for each layer, each [R, S, ...]
+  valid: jax.Array  # [R, S] bool, columns that hold a token of the row
+  position: jax.Array  # [R] int32, rotary position of the next token
+  hidden: jax.Array  # [R, D], state after the last token: the next one is read from it
+  column: jax.Array  # int32 scalar, where every row writes next
+
+  @property
+  def rows(self) -> int:
+    """R."""
+    return self.valid.shape[0]
+
+  @property
+  def columns(self) -> int:
+    """S: `column` must never pass it, which callers check (see `grow`)."""
+    return self.valid.shape[1]
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'columns'))
+def prefill(
+  model: Model, params: Params, tokens: jax.Array, lengths: jax.Array, *, columns: int = 0
+) -> DecodeState:
+  """Reads the prompts.
+
+  Args:
+    model: the decoder.
+    params: its parameters.
+    tokens: [R, T] int32, padded on the right; they are moved to the right here,
+      so that the next token of every row goes to column T.
+    lengths: [R] int32 in 1..T, real tokens of each row.
+    columns: S, at least T; 0 for T.
+
+  Raises:
+    ValueError: `columns` does not hold the prompts.
+  """
+  width = tokens.shape[1]
+  if columns and columns < width:
+    raise ValueError(f'columns={columns} cannot hold prompts of {width}; use at least {width}')
+  source = jnp.arange(width)[None] - (width - lengths[:, None])  # negative on the padding
+  valid = source >= 0
+  aligned = jnp.take_along_axis(tokens, jnp.maximum(source, 0), axis=1)
+  hidden, cache = model.extend(
+    params,
+    model.empty_cache(tokens.shape[0], width),
+    aligned,
+    jnp.maximum(source, 0),
+    jnp.int32(0),
+    valid,
+  )
+  state = DecodeState(cache, valid, lengths, hidden[:, -1], jnp.int32(width))
+  return _pad_columns(state, max(columns, width))
+
+
+def _pad_columns(state: DecodeState, columns: int) -> DecodeState:
+  def pad(array):
+    return jnp.pad(array, [(0, 0), (0, columns - state.columns)] + [(0, 0)] * (array.ndim - 2))
+
+  cache, valid = jax.tree.map(pad, (state.cache, state.valid))
+  return dataclasses.replace(state, cache=cache, valid=valid)
+
+
+@functools.partial(jax.jit, static_argnames='columns')
+def grow(state: DecodeState, *, columns: int) -> DecodeState:
+  """The same sequences with room for `columns` >= S columns."""
+  return _pad_columns(state, columns)
+
+
+@jax.jit
+def gather_rows(state: DecodeState, index: jax.Array) -> DecodeState:
+  """The rows `index` [R'] of the state, in that order; rows may repeat."""
+  rows = (state.cache, state.valid, state.position, state.hidden)
+  rows = jax.tree.map(lambda array: jnp.take(array, index, axis=0, mode='clip'), rows)
+  return DecodeState(*rows, column=state.column)
+
+
+def repeat_rows(state: DecodeState, count: int) -> DecodeState:
+  """Each row `count` times in succession: row r becomes rows r*count .. r*count+count-1."""
+  return gather_rows(state, jnp.repeat(jnp.arange(state.rows), count))
+
+
+@functools.partial(jax.jit, static_argnames='model', donate_argnames='state')
+def extend(
+  model: Model, params: Params, state: DecodeState, tokens: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, DecodeState]:
+  """Reads given tokens: t columns for every row.
+
+  Args:
+    model: the decoder.
+    params: its parameters.
+    state: is donated, and must have t columns left.
+    tokens: [R, t] int32.
+    mask: [R, t] bool, the real tokens of each row, which come first; the rest are holes.
+
+  Returns:
+    Hidden states [R, t, D] (arbitrary where `mask` is False) and the longer state.
+  """
+  width = tokens.shape[1]
+  counts = mask.sum(-1, dtype=jnp.int32)
+  offsets = jnp.minimum(jnp.arange(width)[None], jnp.maximum(counts - 1, 0)[:, None])
+  valid = jax.lax.dynamic_update_slice(state.valid, mask, (0, state.column))
+  hidden, cache = model.extend(
+    params, state.cache, tokens, state.position[:, None] + offsets, state.column, valid
+  )
+  last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+  return hidden, DecodeState(
+    cache=cache,
+    valid=valid,
+    position=state.position + counts,
+    hidden=jnp.where(counts[:, None] > 0, last, state.hidden),
+    column=state.column + width,
+  )

@@ -1,0 +1,144 @@
+"""The decoding loop: one compiled `while_loop` that ends when the rows do.
+
+Legend: R rows, N the most new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from o1jax.models.transformer import Model, Params
+from o1jax.sampling.cache import DecodeState
+from o1jax.sampling.draw import Drawing, draw
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+  """What R rows have generated so far, and whether they go on."""
+
+  state: DecodeState
+  uniforms: jax.Array  # [R, N] float32, the whole randomness of the rows
+  tokens: jax.Array  # [R, N] int32, 0 after the end
+  logprobs: jax.Array  # [R, N] float32, untruncated at temperature 1, 0 after the end
+  lengths: jax.Array  # [R] int32, tokens generated, the stop token included
+  live: jax.Array  # [R] bool, not stopped yet
+  steps: jax.Array  # int32 scalar, tokens drawn for the longest row
+
+
+def begin(
+  state: DecodeState, keys: jax.Array, *, max_new: int, live: jax.Array | None = None
+) -> Continuation:
+  """Rows about to generate at most `max_new` tokens each.
+
+  A row's uniforms come from its own key alone, so it draws the same tokens in
+  whatever batch it stands.
+
+  Args:
+    state: R sequences.
+    keys: [R] typed PRNG keys, each used here and never again.
+    max_new: N, new tokens at most.
+    live: [R] bool, rows that shall generate at all; None for all.
+  """
+  rows = state.rows
+  return Continuation(
+    state=state,
+    uniforms=_uniforms(keys, max_new),
+    tokens=jnp.zeros((rows, max_new), jnp.int32),
+    logprobs=jnp.zeros((rows, max_new), jnp.float32),
+    lengths=jnp.zeros(rows, jnp.int32),
+    live=jnp.ones(rows, bool) if live is None else live,
+    steps=jnp.int32(0),
+  )
+
+
+@functools.partial(jax.jit, static_argnames='count')
+def _uniforms(keys: jax.Array, count: int) -> jax.Array:
+  return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'stop_ids', 'how'), donate_argnames='rows')
+def run(
+  model: Model,
+  params: Params,
+  rows: Continuation,
+  *,
+  stop_ids: tuple[int, ...],
+  how: Drawing,
+  leave: jax.Array | int = 0,
+) -> Continuation:
+  """Generates until at most `leave` rows are live or N tokens are drawn.
+
+  A row stops after a token of `stop_ids`, which is its last and is read into
+  its cache like the others, so that the row can be continued later.
+
+  Args:
+    model: the decoder.
+    params: its parameters.
+    rows: is donated; its state must have N - `steps` columns left.
+    stop_ids: tokens that end a row.
+    how: temperature and truncation.
+    leave: live rows at which to come back (to compact the batch, say).
+  """
+  max_new = rows.tokens.shape[1]
+
+  def unfinished(rows):
+    return (rows.steps < max_new) & (rows.live.sum() > leave)
+
+  return jax.lax.while_loop(
+    unfinished, functools.partial(_next_token, model, params, stop_ids, how), rows
+  )
+
+
+def _next_token(model, params, stop_ids, how, rows: Continuation) -> Continuation:
+  state, live = rows.state, rows.live
+  uniform = jax.lax.dynamic_slice_in_dim(rows.uniforms, rows.steps, 1, axis=1)[:, 0]
+  token, logprob = draw(model.logits(params, state.hidden), uniform, how)
+  token = jnp.where(live, token, 0)
+  valid = jax.lax.dynamic_update_slice(state.valid, live[:, None], (0, state.column))
+  hidden, cache = model.extend(
+    params, state.cache, token[:, None], state.position[:, None], state.column, valid
+  )
+  state = DecodeState(
+    cache=cache,
+    valid=valid,
+    position=state.position + live,
+    hidden=jnp.where(live[:, None], hidden[:, 0], state.hidden),
+    column=state.column + 1,
+  )
+  stopped = functools.reduce(jnp.logical_or, [token == s for s in stop_ids], jnp.zeros_like(live))
+  at = (0, rows.steps)
+  return dataclasses.replace(
+    rows,
+    state=state,
+    tokens=jax.lax.dynamic_update_slice(rows.tokens, token[:, None], at),
+    logprobs=jax.lax.dynamic_update_slice(
+      rows.logprobs, jnp.where(live, logprob, 0.0)[:, None], at
+    ),
+    lengths=rows.lengths + live,
+    live=live & ~stopped,
+    steps=rows.steps + 1,
+  )
+
+
+def decode(
+  model: Model,
+  params: Params,
+  state: DecodeState,
+  keys: jax.Array,
+  *,
+  max_new: int,
+  stop_ids: tuple[int, ...],
+  how: Drawing = Drawing(),  # noqa: B008 (frozen)
+  live: jax.Array | None = None,
+) -> Continuation:
+  """Continues every row (or those of `live`) until it stops or has `max_new` tokens.
+
+  See `begin` and `run`. `state` is donated; use the one that comes back.
+  """
+  rows = begin(state, keys, max_new=max_new, live=live)
+  return run(model, params, rows, stop_ids=stop_ids, how=how)

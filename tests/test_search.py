@@ -1,0 +1,262 @@
+"""The forest against a tree of plain Python objects, and the rules against hand numbers."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from o1jax.search import (
+  NO_PARENT,
+  ROOT,
+  UNVISITED,
+  ChildStats,
+  NewChildren,
+  backup,
+  constant,
+  empty_tree,
+  expand,
+  exponential,
+  linear,
+  puct,
+  select,
+  uct,
+)
+
+TREES, CAPACITY, WIDTH = 3, 16, 3  # one shape: everything compiles once
+
+
+class PlainNode:
+  def __init__(self, parent=None, identity=None, logprob=0.0, score=0.0, terminal=False, cut=False):
+    self.parent, self.identity, self.logprob, self.score = parent, identity, logprob, score
+    self.terminal, self.cut = terminal, cut
+    self.visits, self.total, self.prior = 0, 0.0, 0.0
+    self.children = []
+    self.depth = 0 if parent is None else parent.depth + 1
+
+  @property
+  def closed(self):
+    if self.terminal or self.cut:
+      return True
+    return bool(self.children) and all(c.closed for c in self.children)
+
+
+class PlainTree:
+  """Monte-Carlo tree search as a textbook writes it."""
+
+  def __init__(self):
+    self.root = PlainNode()
+    self.nodes = [self.root]
+    self.full = False
+
+  def select(self, rule, c):
+    node = self.root
+    while node.children and not node.closed:
+      best, best_score = None, -math.inf
+      for child in node.children:
+        score = rule(node, child, c)
+        if not child.closed and score > best_score:
+          best, best_score = child, score
+      node = best
+    return node
+
+  def expand(self, leaf, steps):
+    if leaf.children or leaf.closed:
+      return [None] * len(steps)
+    if len(self.nodes) + WIDTH > CAPACITY:
+      self.full = True
+      return [None] * len(steps)
+    out = []
+    for step in steps:
+      same = [n for n in leaf.children if n.identity == step['identity']]
+      if same:
+        out.append(same[0])
+        continue
+      node = PlainNode(leaf, **step)
+      leaf.children.append(node)
+      self.nodes.append(node)
+      out.append(node)
+    weights = [math.exp(n.logprob) for n in leaf.children]
+    for node, weight in zip(leaf.children, weights, strict=True):
+      node.prior = weight / sum(weights)
+    return out
+
+  def backup(self, node, value):
+    while node is not None:
+      node.visits += 1
+      node.total += value
+      node = node.parent
+
+
+def plain_uct(parent, child, c):
+  if child.visits == 0:
+    return math.inf
+  return child.total / child.visits + c * math.sqrt(math.log(parent.visits) / child.visits)
+
+
+def plain_puct(parent, child, c):
+  value = child.total / child.visits if child.visits else child.score
+  return value + c * child.prior * math.sqrt(max(parent.visits, 1)) / (1 + child.visits)
+
+
+def draw_steps(rng):
+  """One leaf's K sampled steps and the returns of their roll-outs (NaN: masked)."""
+  steps = [
+    {
+      'identity': int(rng.integers(4)),
+      'logprob': float(-rng.integers(1, 40) / 8),
+      'score': float(rng.integers(0, 64) / 64),
+      'terminal': bool(rng.random() < 0.15),
+      'cut': False,
+    }
+    for _ in range(WIDTH)
+  ]
+  for step in steps:  # equal steps are equal in all they are
+    first = next(s for s in steps if s['identity'] == step['identity'])
+    step.update(first)
+  values = [float('nan') if rng.random() < 0.1 else float(rng.integers(0, 5) / 4) for _ in steps]
+  return steps, values
+
+
+def stack(rows):
+  fields = {k: jnp.array([[s[k] for s in row] for row in rows]) for k in rows[0][0]}
+  return NewChildren(**fields, valid=jnp.ones((len(rows), WIDTH), bool))
+
+
+def run_both(seeds, rule, plain_rule, simulations=6):
+  """Runs the forest and plain trees side by side; returns both after checking every step."""
+  tree = empty_tree(len(seeds), CAPACITY, WIDTH)
+  plain = [PlainTree() for _ in seeds]
+  rngs = [np.random.default_rng(seed) for seed in seeds]
+  for _ in range(simulations):
+    leaf = select(tree, rule, 1.25)
+    leaves = [p.select(plain_rule, 1.25) for p in plain]
+    assert leaf.tolist() == [p.nodes.index(n) for p, n in zip(plain, leaves, strict=True)]
+    drawn = [draw_steps(rng) for rng in rngs]
+    tree, nodes = expand(tree, leaf, stack([steps for steps, _ in drawn]))
+    values = jnp.array([v for _, v in drawn])
+    tree = backup(tree, nodes, values, ~jnp.isnan(values))
+    for p, node, (steps, returns) in zip(plain, leaves, drawn, strict=True):
+      for child, value in zip(p.expand(node, steps), returns, strict=True):
+        if child is not None and not math.isnan(value):
+          p.backup(child, value)
+  return tree, plain
+
+
+def assert_same(tree, plain):
+  tree = jax.tree.map(np.asarray, tree)
+  for b, p in enumerate(plain):
+    n = len(p.nodes)
+    index = {id(node): i for i, node in enumerate(p.nodes)}
+    assert tree.size[b] == n
+    assert tree.visits[b, :n].tolist() == [x.visits for x in p.nodes]
+    np.testing.assert_allclose(tree.value_sum[b, :n], [x.total for x in p.nodes], atol=1e-5)
+    np.testing.assert_allclose(tree.prior[b, :n], [x.prior for x in p.nodes], atol=1e-5)
+    assert tree.depth[b, :n].tolist() == [x.depth for x in p.nodes]
+    assert tree.closed[b, :n].tolist() == [x.closed for x in p.nodes]
+    assert tree.parent[b, 0] == NO_PARENT
+    for i, node in enumerate(p.nodes):
+      slots = [s for s in tree.children[b, i] if s != UNVISITED]
+      assert slots == [index[id(c)] for c in node.children]
+    assert not tree.visits[b, n:].any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 2**31), min_size=TREES, max_size=TREES), st.booleans())
+def test_forest_equals_plain_trees(seeds, use_puct):
+  rule, plain_rule = (puct, plain_puct) if use_puct else (uct, plain_uct)
+  tree, plain = run_both(seeds, rule, plain_rule)
+  assert_same(tree, plain)
+  assert tree.full.tolist() == [p.full for p in plain]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, 2**31), min_size=TREES, max_size=TREES))
+def test_visits_add_up(seeds):
+  tree, _ = run_both(seeds, uct, plain_uct)
+  visits, children = np.asarray(tree.visits), np.asarray(tree.children)
+  for b in range(TREES):
+    below = [sum(visits[b, c] for c in children[b, i] if c != UNVISITED) for i in range(CAPACITY)]
+    # The root has no roll-out of its own; every other node was made by some.
+    assert visits[b, ROOT] == below[ROOT]
+    assert all(visits[b, i] >= below[i] for i in range(CAPACITY))
+    terminal = np.asarray(tree.terminal)[b]
+    assert all(below[i] == 0 for i in range(CAPACITY) if terminal[i])
+
+
+def test_rows_are_independent():
+  both, _ = run_both([1, 2, 3], uct, plain_uct)
+  other, _ = run_both([1, 77, 3], uct, plain_uct)
+  for a, b in zip(jax.tree.leaves(both), jax.tree.leaves(other), strict=True):
+    np.testing.assert_array_equal(np.asarray(a)[[0, 2]], np.asarray(b)[[0, 2]])
+  assert not np.array_equal(np.asarray(both.value_sum)[1], np.asarray(other.value_sum)[1])
+
+
+def test_equal_siblings_are_one_node_and_masked_returns_count_nothing():
+  tree = empty_tree(1, CAPACITY, WIDTH)
+  step = {'logprob': math.log(0.2), 'score': 0.5, 'terminal': False, 'cut': False}
+  rows = [[step | {'identity': 7}, step | {'identity': 7}, step | {'identity': 9}]]
+  tree, nodes = expand(tree, jnp.array([ROOT]), stack(rows))
+  assert nodes.tolist() == [[1, 1, 2]]
+  assert tree.children[0, ROOT].tolist() == [1, UNVISITED, 2]
+  np.testing.assert_allclose(tree.prior[0, 1:3], 0.5, atol=1e-6)
+  values = jnp.array([[1.0, 0.5, jnp.nan]])
+  tree = backup(tree, nodes, values, ~jnp.isnan(values))
+  assert tree.visits[0, :3].tolist() == [2, 2, 0]
+  np.testing.assert_allclose(tree.means[0, :3], [0.75, 0.75, 0.0])
+  again, refused = expand(tree, jnp.array([ROOT]), stack(rows))
+  assert refused.tolist() == [[UNVISITED] * WIDTH] and again.size.tolist() == [3]
+
+
+def test_a_full_tree_is_marked_and_keeps_its_nodes():
+  tree = empty_tree(1, 1 + WIDTH, WIDTH)
+  step = {'logprob': -1.0, 'score': 0.0, 'terminal': False, 'cut': False}
+  rows = [[step | {'identity': i} for i in range(WIDTH)]]
+  tree, _ = expand(tree, jnp.array([ROOT]), stack(rows))
+  assert not tree.full[0]
+  after, nodes = expand(tree, jnp.array([1]), stack(rows))
+  assert after.full.tolist() == [True] and nodes.tolist() == [[UNVISITED] * WIDTH]
+  np.testing.assert_array_equal(after.children, tree.children)
+  with pytest.raises(ValueError, match='capacity=3'):
+    empty_tree(1, 3, 3)
+
+
+def test_cut_leaves_are_never_selected_and_close_their_parents():
+  tree = empty_tree(1, CAPACITY, WIDTH)
+  step = {'logprob': -1.0, 'score': 0.0, 'terminal': False}
+  rows = [[step | {'identity': i, 'cut': i != 1} for i in range(WIDTH)]]
+  tree, _ = expand(tree, jnp.array([ROOT]), stack(rows))
+  assert select(tree, uct).tolist() == [2]
+  rows = [[step | {'identity': 0, 'cut': True}] * WIDTH]
+  tree, _ = expand(tree, jnp.array([2]), stack(rows))
+  assert tree.closed[0, ROOT] and select(tree, uct).tolist() == [ROOT]
+  assert not tree.visits.any()  # cut, so not scored
+
+
+def test_rules_against_hand_numbers():
+  children = ChildStats(
+    visits=jnp.array([[4, 1, 0]]),
+    means=jnp.array([[0.5, 1.0, 0.0]]),
+    prior=jnp.array([[0.5, 0.3, 0.2]]),
+    score=jnp.array([[0.9, 0.9, 0.6]]),
+    parent_visits=jnp.array([5]),
+  )
+  np.testing.assert_allclose(
+    uct(children, 2.0)[0, :2], [0.5 + 2 * 0.6343182, 1.0 + 2 * 1.2686363], rtol=1e-6
+  )
+  assert jnp.isinf(uct(children, 2.0)[0, 2])
+  np.testing.assert_allclose(  # sqrt(5) = 2.236068
+    puct(children, 1.5)[0],
+    [0.5 + 1.5 * 0.5 * 2.236068 / 5, 1.0 + 1.5 * 0.3 * 2.236068 / 2, 0.6 + 1.5 * 0.2 * 2.236068],
+    rtol=1e-6,
+  )
+
+
+def test_schedules_end_at_a_tenth():
+  for schedule in (linear, exponential):
+    np.testing.assert_allclose([schedule(0.0), schedule(1.0)], [1.0, 0.1])
+  np.testing.assert_allclose([linear(0.5), exponential(0.5)], [0.55, math.sqrt(0.1)])
+  assert constant(0.7) == 1.0
