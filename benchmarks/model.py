@@ -42,6 +42,12 @@ def best_of(repeats, function):
   return min(seconds)
 
 
+def greedy(logits):
+  """argmax [R, V] -> [R]; two plain passes, since XLA's CPU argmax is scalar."""
+  best = logits == logits.max(-1, keepdims=True)
+  return jnp.where(best, jnp.arange(logits.shape[-1])[None], logits.shape[-1]).min(-1)
+
+
 def make_decode(model, rows):
   columns = PROMPT + NEW
 
@@ -51,7 +57,7 @@ def make_decode(model, rows):
     valid = jnp.tile(jnp.arange(columns)[None] < PROMPT, (rows, 1))
     cache = model.empty_cache(rows, columns)
     hidden, cache = model.extend(params, cache, prompt, positions, jnp.int32(0), valid)
-    first = jnp.argmax(model.logits(params, hidden[:, -1]), axis=-1)
+    first = greedy(model.logits(params, hidden[:, -1]))
 
     def step(i, carry):
       cache, valid, token, out = carry
@@ -59,7 +65,7 @@ def make_decode(model, rows):
       position = jnp.full((rows, 1), PROMPT + i)
       hidden, cache = model.extend(params, cache, token[:, None], position, PROMPT + i, valid)
       out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], i, axis=1)
-      return cache, valid, jnp.argmax(model.logits(params, hidden[:, 0]), axis=-1), out
+      return cache, valid, greedy(model.logits(params, hidden[:, 0])), out
 
     carry = (cache, valid, first, jnp.zeros((rows, NEW), jnp.int32))
     return jax.lax.fori_loop(0, NEW, step, carry)[-1]

@@ -36,8 +36,7 @@ def test_defaults_survive_partial_sections(write):
 
 
 def test_overrides_win_and_are_read_as_yaml(write):
-  path = write('seed_note: 1\n')
-  path.write_text('run: {seed: 1}\nsandbox: {workers: 2}\n')
+  path = write('run: {seed: 1}\nsandbox: {workers: 2}\n')
   config = config_lib.load(path, ['run.seed=2', 'sandbox.workers=null', 'rl.control=false'])
   assert (config.run.seed, config.sandbox.workers, config.rl.control) == (2, None, False)
 
@@ -138,6 +137,16 @@ def test_yaml_round_trip_and_diff(write):
   old = config.model_dump(mode='json')
   del old['rl']['group']
   assert config_lib.diff(old, config) == ['rl.group: (absent) -> 8']
+
+
+def test_a_program_with_its_own_schema(write):
+  class Pretrain(config_lib.Section):
+    optim: config_lib.OptimConfig = config_lib.OptimConfig(steps=1000)
+
+  config = config_lib.load(write('optim: {lr: 3e-3}'), ['optim.batch=8'], schema=Pretrain)
+  assert config == Pretrain(optim=config_lib.OptimConfig(lr=3e-3, steps=1000, batch=8))
+  with pytest.raises(ConfigError, match=r'did you mean optim\.steps'):
+    config_lib.check({'optim': {'stesp': 1}}, schema=Pretrain)
 
 
 def test_reads_without_jax():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 import yaml
 
-from o1jax.config.sections import FREE_KEYS, Config
+from o1jax.config.sections import FREE_KEYS, Config, Section
+
+SectionT = TypeVar('SectionT', bound=Section)
 
 _MODEL_FILES = ('config.json', '*.safetensors', 'tokenizer*')
 
@@ -24,11 +26,14 @@ class ConfigError(ValueError):
     super().__init__('\n'.join([f'{source}: {count}', *(f'  {fault}' for fault in faults)]))
 
 
-def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Config:
+def load(
+  path: str | pathlib.Path, overrides: Sequence[str] = (), schema: type[SectionT] = Config
+) -> SectionT:
   """Reads the YAML file at `path`, applies `section.key=value` overrides, and checks the whole.
 
   Keys that neither names keep their defaults. Values of overrides are read as YAML, so `null`,
   `true` and `[1, 2]` mean what they mean in the file. `model.path` and `data.source` have to exist.
+  `schema` is the section that holds all others: a program with other settings brings its own.
 
   Raises:
     ConfigError: with every fault of file and overrides. Relations between sections are judged
@@ -36,22 +41,24 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Config:
   """
   given = _read(pathlib.Path(path))
   faults = _apply(given, overrides)
-  return _resolve(given, str(path), faults)
+  return _resolve(schema, given, str(path), faults)
 
 
-def check(given: Mapping[str, Any], source: str = 'config') -> Config:
+def check(
+  given: Mapping[str, Any], source: str = 'config', schema: type[SectionT] = Config
+) -> SectionT:
   """Checks a nested dictionary as `load` checks a file; raises `ConfigError`."""
-  return _resolve(_copy(given), source, [])
+  return _resolve(schema, _copy(given), source, [])
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Section) -> str:
   """The resolved config, every key spelled out; `load` reads it back to an equal one."""
   return yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)
 
 
 def diff(
-  old: Config | Mapping[str, Any],
-  new: Config | Mapping[str, Any],
+  old: Section | Mapping[str, Any],
+  new: Section | Mapping[str, Any],
   ignore: Collection[str] = FREE_KEYS,
 ) -> list[str]:
   """Lines `key: old -> new` for every leaf in which two resolved configs differ.
@@ -142,12 +149,14 @@ def _apply(given: dict[str, Any], overrides: Sequence[str]) -> list[str]:
   return faults
 
 
-def _resolve(given: dict[str, Any], source: str, faults: list[str]) -> Config:
+def _resolve(
+  schema: type[SectionT], given: dict[str, Any], source: str, faults: list[str]
+) -> SectionT:
   """The checked config; raises with `faults` and all that checking finds."""
-  defaults = Config().model_dump()
+  defaults = schema().model_dump()
   raw = _merge(defaults, given)
   faulty: set[str] = set()
-  config, errors = _validate(raw)
+  config, errors = _validate(schema, raw)
   while errors:
     concerned = [_concerned(error, defaults) for error in errors]
     for error, keys in zip(errors, concerned, strict=True):
@@ -157,17 +166,17 @@ def _resolve(given: dict[str, Any], source: str, faults: list[str]) -> Config:
     for key in set().union(*concerned):
       _reset(raw, defaults, key.split('.'))
       faulty.add(key)
-    config, errors = _validate(raw)
-  faults += _missing_files(raw['model']['path'], raw['data']['source'])
+    config, errors = _validate(schema, raw)
+  faults += _missing_files(raw)
   if faults:
     raise ConfigError(source, faults)
   return config
 
 
-def _validate(raw: Mapping[str, Any]) -> tuple[Config | None, list[Any]]:
+def _validate(schema: type[SectionT], raw: Mapping[str, Any]) -> tuple[SectionT | None, list[Any]]:
   """The config, or pydantic's errors about it."""
   try:
-    return Config.model_validate(raw), []
+    return schema.model_validate(raw), []
   except pydantic.ValidationError as error:
     return None, error.errors(include_url=False)
 
@@ -231,8 +240,9 @@ def _reset(raw: dict[str, Any], defaults: Mapping[str, Any], names: Sequence[str
     inner.pop(names[-1], None)
 
 
-def _missing_files(model: Any, source: Any) -> Iterator[str]:
-  """Faults of the two paths that a config names."""
+def _missing_files(raw: Mapping[str, Any]) -> Iterator[str]:
+  """Faults of the two paths that a config names, where its schema has them."""
+  model, source = raw.get('model', {}).get('path'), raw.get('data', {}).get('source')
   if isinstance(model, str) and model != 'embedded':
     folder = pathlib.Path(model)
     if not folder.is_dir():
@@ -261,8 +271,8 @@ def _merge(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
   return merged
 
 
-def _plain(config: Config | Mapping[str, Any]) -> Mapping[str, Any]:
-  return config.model_dump(mode='json') if isinstance(config, Config) else config
+def _plain(config: Section | Mapping[str, Any]) -> Mapping[str, Any]:
+  return config.model_dump(mode='json') if isinstance(config, Section) else config
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:

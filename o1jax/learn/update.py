@@ -131,7 +131,7 @@ def _apply(
   """Divide, check, and move the state one step on."""
   divisor = jnp.where(count > 0, count, 1.0)
   gradient = jax.tree.map(lambda g: (g / divisor).astype(g.dtype), gradient)
-  norm = optax.global_norm(gradient)
+  norm = optax.tree.norm(gradient)
   good = jnp.isfinite(loss) & jnp.isfinite(norm) & (count > 0)
 
   def move(params, opt_state):

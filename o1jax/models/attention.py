@@ -49,9 +49,11 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
 
 def rope_table(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
   """positions [B, T] -> (cos, sin), each [B, T, 1, H / 2] float32."""
-  frequencies = inverse_frequencies(config).reshape(1, 1, 1, -1)
-  angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-  return jnp.cos(angles), jnp.sin(angles)
+  angles = np.arange(config.max_position, dtype=np.float32)[:, None] * inverse_frequencies(config)
+  return tuple(
+    jnp.take(jnp.asarray(table), positions, axis=0)[:, :, None]
+    for table in (np.cos(angles), np.sin(angles))
+  )
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -93,20 +95,53 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
   q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H]. Query heads that share a
   key head are rows of one product, so keys and values are never repeated.
   """
+  return _attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask)
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+  """`attend` in the layout of products: k [B, K, H, S], v [B, K, S, H]."""
   batch, t, heads, width = q.shape
-  kv_heads = k.shape[2]
+  kv_heads, columns = v.shape[1:3]
   group = heads // kv_heads
-  q = (q * width**-0.5).astype(k.dtype).reshape(batch, t, kv_heads, group, width)
-  q = q.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, t * group, width)
-  k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, H]
-  scores = jnp.einsum('bkqh,bksh->bkqs', q, k, preferred_element_type=jnp.float32)
-  scores = scores.reshape(batch, kv_heads, t, group, -1)
-  scores = jnp.where(mask[:, None, :, None, :], scores, MASKED)
-  top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-  weights = jnp.exp(scores - top)
+  rows = (q * width**-0.5).astype(k.dtype).reshape(batch, t, kv_heads, group, width)
+  rows = rows.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, t * group, width)
+  scores = jnp.einsum('bkqh,bkhs->bkqs', rows, k, preferred_element_type=jnp.float32)
+  scores = scores.reshape(batch, kv_heads, t, group, columns)
+  weights = _weights(scores, mask[:, None, :, None, :])
   total = weights.sum(-1)
-  weights = weights.astype(v.dtype).reshape(batch, kv_heads, t * group, -1)
+  weights = weights.astype(v.dtype).reshape(batch, kv_heads, t * group, columns)
   out = jnp.einsum('bkqs,bksh->bkqh', weights, v, preferred_element_type=jnp.float32)
   # Dividing the [.., H] output, not the [.., S] weights, saves a pass.
   out = out.reshape(batch, kv_heads, t, group, width) / total[..., None]
-  return out.transpose(0, 2, 1, 3, 4).reshape(batch, t, heads, width).astype(v.dtype)
+  return out.transpose(0, 2, 1, 3, 4).reshape(q.shape).astype(q.dtype)
+
+
+def _weights(scores: jax.Array, mask: jax.Array) -> jax.Array:
+  """exp(scores - their maximum), 0 where masked; scores float32."""
+  scores = jnp.where(mask, scores, MASKED)
+  return jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+
+
+def attend_cached(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+  """Attention of t new tokens to a cache that holds them already.
+
+  q [R, t, N, H], keys [R, K, H, S], values [R, K, S, H], mask [R, t, S] -> [R, t, N, H].
+  """
+  one_on_cpu = q.shape[1] == 1 and jax.default_backend() == 'cpu'
+  return (_attend_one if one_on_cpu else _attend)(q, keys, values, mask)
+
+
+def _attend_one(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+  """`_attend` for one token a row, by multiplying and adding.
+
+  A product for each row is too small for the CPU's matrix kernels, and XLA copies
+  the whole cache for them in every step of a loop. Three times faster.
+  """
+  batch, _, heads, width = q.shape
+  kv_heads = values.shape[1]
+  rows = (q * width**-0.5).astype(keys.dtype).reshape(batch, kv_heads, heads // kv_heads, width)
+  scores = jnp.sum(rows[..., None] * keys[:, :, None], axis=3, dtype=jnp.float32)
+  weights = _weights(scores, mask[:, None])
+  out = jnp.sum(weights.astype(values.dtype)[..., None] * values[:, :, None], axis=3)
+  out = out / weights.sum(-1)[..., None]
+  return out.reshape(q.shape).astype(q.dtype)

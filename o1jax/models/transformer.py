@@ -18,22 +18,12 @@ from flax import nnx
 
 from o1jax.models import attention
 from o1jax.models.config import ModelConfig
+from o1jax.models.ops import as_last, gated_silu, linear, rms_norm
 
 Params = dict[str, Any]
 Cache = tuple[tuple[jax.Array, jax.Array], ...]
 # Measured on 2 CPU cores: below this an unrolled loop beats lax.scan.
 UNROLL_LAYERS = 8
-
-
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-  """Root-mean-square normalisation over the last axis, in float32."""
-  wide = x.astype(jnp.float32)
-  inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-  return (wide * inverse).astype(x.dtype) * _as_last(scale, x)
-
-
-def _as_last(scale: jax.Array, x: jax.Array) -> jax.Array:
-  return scale.reshape((1,) * (x.ndim - 1) + scale.shape)
 
 
 class Layer(nnx.Module):
@@ -84,7 +74,8 @@ class Layer(nnx.Module):
 
   def _heads(self, x: jax.Array, name: str) -> jax.Array:
     kernel = getattr(self, name)[...]  # [D, heads, H]
-    out = (x @ kernel.reshape(kernel.shape[0], -1)).reshape(*x.shape[:-1], *kernel.shape[1:])
+    out = linear(x.reshape(-1, x.shape[-1]), kernel.reshape(kernel.shape[0], -1))
+    out = out.reshape(*x.shape[:-1], *kernel.shape[1:])
     if self.config.qkv_bias:
       bias = getattr(self, f'{name}_bias')[...]
       out += bias.reshape((1,) * (out.ndim - 2) + bias.shape)
@@ -92,14 +83,15 @@ class Layer(nnx.Module):
 
   def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
     """Residual x [B,T,D] and heads' output [B,T,N,H] -> the block's output."""
-    c = self.config
-    kernel = self.o[...]
-    mixed = attended.reshape(*x.shape[:-1], -1) @ kernel.reshape(-1, kernel.shape[-1])
+    c, shape = self.config, x.shape
+    x, attended = x.reshape(-1, shape[-1]), attended.reshape(-1, c.num_heads * c.head_dim)
+    mixed = linear(attended, self.o[...].reshape(-1, shape[-1]))
     if c.o_bias:
-      mixed += _as_last(self.o_bias[...], mixed)
+      mixed += as_last(self.o_bias[...], mixed)
     x = x + mixed
     y = rms_norm(x, self.mlp_norm[...], c.rms_norm_eps)
-    return x + (jax.nn.silu(y @ self.gate[...]) * (y @ self.up[...])) @ self.down[...]
+    inner = gated_silu(linear(y, self.gate[...]), linear(y, self.up[...]))
+    return (x + linear(inner, self.down[...])).reshape(shape)
 
 
 class Decoder(nnx.Module):
@@ -206,22 +198,20 @@ class Model:
   def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
     """hidden [..., D] -> next-token logits [..., V] in float32."""
     kernel = params['embed'] if self.config.tie_embeddings else params['lm_head']  # [V, D]
-    return jax.lax.dot_general(
-      hidden,
-      kernel,
-      (((hidden.ndim - 1,), (1,)), ((), ())),
-      preferred_element_type=jnp.float32,
-    )
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return linear(rows, kernel.T, jnp.float32).reshape(*hidden.shape[:-1], -1)
 
   def empty_cache(self, rows: int, columns: int, dtype: jnp.dtype | None = None) -> Cache:
     """Zeroed keys and values of `rows` x `columns` tokens: a (k, v) pair for each layer.
 
-    Axis 0 of every array is the row, axis 1 the column.
+    Axis 0 of every array is the row. Keys are [R, K, H, S] and values [R, K, S, H]:
+    so both products of a decoding step read them as they lie.
     """
     c = self.config
-    shape = (rows, columns, c.num_kv_heads, c.head_dim)
     dtype = jnp.dtype(dtype or c.dtype)
-    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(c.num_layers))
+    keys = (rows, c.num_kv_heads, c.head_dim, columns)
+    values = (rows, c.num_kv_heads, columns, c.head_dim)
+    return tuple((jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for _ in range(c.num_layers))
 
   def extend(
     self,
@@ -252,10 +242,11 @@ class Model:
     for weights, (keys, values), window in zip(layers, cache, c.windows, strict=True):
       layer = nnx.merge(_abstract(c)[0], weights)
       q, k, v = layer.project(x, rope)
-      keys = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), column, axis=1)
-      values = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), column, axis=1)
+      k, v = k.transpose(0, 2, 3, 1).astype(keys.dtype), v.transpose(0, 2, 1, 3)
+      keys = jax.lax.dynamic_update_slice_in_dim(keys, k, column, axis=3)
+      values = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), column, axis=2)
       grown.append((keys, values))
-      attended = attention.attend(q, keys, values, masks.layer(window)).astype(x.dtype)
+      attended = attention.attend_cached(q, keys, values, masks.layer(window))
       x = layer.finish(x, attended)
     return rms_norm(x, params['norm'], c.rms_norm_eps), tuple(grown)
 

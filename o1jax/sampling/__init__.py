@@ -1,0 +1,27 @@
+"""Generation: cached decoding, the batch sampler, guided descent and tree search with roll-outs."""
+
+from o1jax.sampling.draw import GREEDY, SAMPLE, Drawing
+from o1jax.sampling.guided import Child, Choice, Descent, Descents, Guided, PrmScorer, StepIds
+from o1jax.sampling.keys import row_keys, stable_id
+from o1jax.sampling.mcts import Forest, Rollout, Search
+from o1jax.sampling.sampler import Sampler, Samples
+
+__all__ = [
+  'GREEDY',
+  'SAMPLE',
+  'Child',
+  'Choice',
+  'Descent',
+  'Descents',
+  'Drawing',
+  'Forest',
+  'Guided',
+  'PrmScorer',
+  'Rollout',
+  'Sampler',
+  'Samples',
+  'Search',
+  'StepIds',
+  'row_keys',
+  'stable_id',
+]

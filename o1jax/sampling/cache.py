@@ -23,7 +23,7 @@ from o1jax.models.transformer import Cache, Model, Params
 class DecodeState:
   """R sequences, each ready to be continued."""
 
-  cache: Cache  # keys and values, a pair for each layer, each [R, S, ...]
+  cache: Cache  # keys and values, a pair for each layer, rows on axis 0
   valid: jax.Array  # [R, S] bool, columns that hold a token of the row
   position: jax.Array  # [R] int32, rotary position of the next token
   hidden: jax.Array  # [R, D], state after the last token: the next one is read from it
@@ -72,21 +72,26 @@ def prefill(
     valid,
   )
   state = DecodeState(cache, valid, lengths, hidden[:, -1], jnp.int32(width))
-  return _pad_columns(state, max(columns, width))
+  return _pad_columns(model, state, max(columns, width))
 
 
-def _pad_columns(state: DecodeState, columns: int) -> DecodeState:
-  def pad(array):
-    return jnp.pad(array, [(0, 0), (0, columns - state.columns)] + [(0, 0)] * (array.ndim - 2))
+def _pad_columns(model: Model, state: DecodeState, columns: int) -> DecodeState:
+  def place(small, large):
+    return jax.lax.dynamic_update_slice(large, small, (0,) * small.ndim)
 
-  cache, valid = jax.tree.map(pad, (state.cache, state.valid))
-  return dataclasses.replace(state, cache=cache, valid=valid)
+  # Into a fresh cache at the origin: which axis holds the columns is the model's business.
+  larger = model.empty_cache(state.rows, columns)
+  return dataclasses.replace(
+    state,
+    cache=jax.tree.map(place, state.cache, larger),
+    valid=jnp.pad(state.valid, ((0, 0), (0, columns - state.columns))),
+  )
 
 
-@functools.partial(jax.jit, static_argnames='columns')
-def grow(state: DecodeState, *, columns: int) -> DecodeState:
+@functools.partial(jax.jit, static_argnames=('model', 'columns'))
+def grow(model: Model, state: DecodeState, *, columns: int) -> DecodeState:
   """The same sequences with room for `columns` >= S columns."""
-  return _pad_columns(state, columns)
+  return _pad_columns(model, state, columns)
 
 
 @jax.jit
@@ -94,7 +99,8 @@ def gather_rows(state: DecodeState, index: jax.Array) -> DecodeState:
   """The rows `index` [R'] of the state, in that order; rows may repeat."""
   rows = (state.cache, state.valid, state.position, state.hidden)
   rows = jax.tree.map(lambda array: jnp.take(array, index, axis=0, mode='clip'), rows)
-  return DecodeState(*rows, column=state.column)
+  # + 0: a buffer of its own, which `extend` may be given without deleting that of `state`.
+  return DecodeState(*rows, column=state.column + 0)
 
 
 def repeat_rows(state: DecodeState, count: int) -> DecodeState:

@@ -10,10 +10,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from o1jax.models.transformer import Model, Params
 from o1jax.sampling.cache import DecodeState
-from o1jax.sampling.draw import Drawing, draw
+from o1jax.sampling.draw import SAMPLE, Drawing, draw
 
 
 @jax.tree_util.register_dataclass
@@ -30,35 +31,29 @@ class Continuation:
   steps: jax.Array  # int32 scalar, tokens drawn for the longest row
 
 
-def begin(
-  state: DecodeState, keys: jax.Array, *, max_new: int, live: jax.Array | None = None
-) -> Continuation:
+@functools.partial(jax.jit, static_argnames='max_new', donate_argnames='state')
+def begin(state: DecodeState, keys: jax.Array, live: jax.Array, *, max_new: int) -> Continuation:
   """Rows about to generate at most `max_new` tokens each.
 
   A row's uniforms come from its own key alone, so it draws the same tokens in
   whatever batch it stands.
 
   Args:
-    state: R sequences.
+    state: R sequences; donated.
     keys: [R] typed PRNG keys, each used here and never again.
+    live: [R] bool, rows that shall generate at all.
     max_new: N, new tokens at most.
-    live: [R] bool, rows that shall generate at all; None for all.
   """
-  rows = state.rows
+  rows = live.shape[0]
   return Continuation(
     state=state,
-    uniforms=_uniforms(keys, max_new),
+    uniforms=jax.vmap(lambda key: jax.random.uniform(key, (max_new,)))(keys),
     tokens=jnp.zeros((rows, max_new), jnp.int32),
     logprobs=jnp.zeros((rows, max_new), jnp.float32),
     lengths=jnp.zeros(rows, jnp.int32),
-    live=jnp.ones(rows, bool) if live is None else live,
+    live=live,
     steps=jnp.int32(0),
   )
-
-
-@functools.partial(jax.jit, static_argnames='count')
-def _uniforms(keys: jax.Array, count: int) -> jax.Array:
-  return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'stop_ids', 'how'), donate_argnames='rows')
@@ -133,12 +128,13 @@ def decode(
   *,
   max_new: int,
   stop_ids: tuple[int, ...],
-  how: Drawing = Drawing(),  # noqa: B008 (frozen)
-  live: jax.Array | None = None,
+  how: Drawing = SAMPLE,
+  live: np.ndarray | jax.Array | None = None,
 ) -> Continuation:
   """Continues every row (or those of `live`) until it stops or has `max_new` tokens.
 
   See `begin` and `run`. `state` is donated; use the one that comes back.
   """
-  rows = begin(state, keys, max_new=max_new, live=live)
+  live = np.ones(state.rows, bool) if live is None else np.asarray(live)
+  rows = begin(state, keys, live, max_new=max_new)
   return run(model, params, rows, stop_ids=stop_ids, how=how)

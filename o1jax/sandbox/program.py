@@ -13,6 +13,7 @@ from __future__ import annotations
 import _thread
 import atexit
 import builtins
+import errno
 import gc
 import io
 import json
@@ -25,21 +26,25 @@ import types
 from o1jax.sandbox import codec, wire
 
 REPORT_FD = 3
+FILE = 'solution.py'  # what a program is called in its own traceback
 _FLUSH_AFTER_S = 0.02  # results are not held back longer than this, so a killed child keeps them
 _FLUSH_BYTES = 32 << 10
 _open = io.open  # a program may put its own in its place
+_streams: tuple = ()  # the last that `open_streams` made
 _STDIN_PATHS = ('/dev/stdin', '/dev/fd/0', '/proc/self/fd/0')
 
 
 class Report:
   """The records of this child, written out when they are many, old or the last."""
 
-  def __init__(self):
+  def __init__(self, fd: int = REPORT_FD):
+    self.fd = fd
     self.pending: list[bytes] = []
     self.size = 0
     self.since = time.monotonic()
 
   def add(self, kind: int, cpu_s: float, wall_s: float, payload: bytes) -> None:
+    """Adds one test's record."""
     record = wire.pack_record(kind, cpu_s, wall_s, payload)
     self.pending.append(record)
     self.size += len(record)
@@ -47,34 +52,44 @@ class Report:
       self.flush()
 
   def flush(self) -> None:
+    """Writes out what is pending."""
     data = memoryview(b''.join(self.pending))
     self.pending, self.size = [], 0
     while data:
-      data = data[os.write(REPORT_FD, data) :]
+      data = data[os.write(self.fd, data) :]
     self.since = time.monotonic()
 
 
 def compile_program(source: str) -> types.CodeType:
   """The program's code; raises what `compile` raises."""
-  return compile(source, 'program.py', 'exec', dont_inherit=True)
+  return compile(source, FILE, 'exec', dont_inherit=True)
 
 
-def fresh_main() -> dict:
-  """A new `__main__` module, as a new interpreter would have; returns its namespace."""
-  module = types.ModuleType('__main__')
+def fresh_module(name: str) -> dict:
+  """A new module for the program, as a new interpreter would have; returns its namespace.
+
+  A program that reads stdin runs as `__main__`; one that is called is imported, so that a
+  main block in it does not wait for an input.
+  """
+  module = types.ModuleType(name)
   module.__builtins__ = builtins
-  module.__file__ = 'program.py'
-  sys.modules['__main__'] = module
+  module.__file__ = FILE
+  sys.modules[name] = module
   return module.__dict__
 
 
 def open_streams() -> None:
-  """New sys.stdin, stdout and stderr over descriptors 0, 1 and 2."""
+  """New sys.stdin, stdout and stderr over descriptors 0, 1 and 2.
+
+  A zygote calls this once, so that its children have them ready.
+  """
+  global _streams
   sys.stdin = sys.__stdin__ = _open(0, encoding='utf-8', closefd=False)
   sys.stdout = sys.__stdout__ = _open(1, 'w', encoding='utf-8', closefd=False)
   sys.stderr = sys.__stderr__ = _open(
     2, 'w', encoding='utf-8', errors='backslashreplace', buffering=1, closefd=False
   )
+  _streams = (sys.stdout, sys.stderr)
 
 
 def shim_stdin_paths(source: str) -> None:
@@ -104,13 +119,15 @@ def outcome_of(e: BaseException) -> tuple[int, bytes]:
   if isinstance(e, SystemExit):
     status = exit_status(e)
     return (wire.EXIT, str(status).encode()) if status else (wire.OUTPUT, b'')
-  if isinstance(e, MemoryError):
+  if isinstance(e, MemoryError) or (isinstance(e, OSError) and e.errno == errno.ENOMEM):
     return wire.MEMORY, b''
   if isinstance(e, codec.TooLarge):
     return wire.OVERFLOW, b''
   if isinstance(e, codec.NotPlain):
     return wire.OPAQUE, str(e).encode(errors='replace')
-  traceback = e.__traceback__.tb_next if e.__traceback__ else None  # without this module's frame
+  traceback = e.__traceback__
+  while traceback is not None and traceback.tb_frame.f_code.co_filename != FILE:
+    traceback = traceback.tb_next  # without the frames of this module
   sys.__excepthook__(type(e), e, traceback)
   return wire.ERROR, type(e).__name__.encode(errors='replace')
 
@@ -127,7 +144,7 @@ def find_callable(namespace: dict, entry_point: str):
 
 def run_once(code: types.CodeType, entry_point: str | None, text: str) -> bytes:
   """Executes the program afresh; returns the encoded result of a call, or nothing for stdio."""
-  namespace = fresh_main()
+  namespace = fresh_module('__main__' if entry_point is None else 'program')
   exec(code, namespace)
   if entry_point is None:
     return b''
@@ -136,13 +153,15 @@ def run_once(code: types.CodeType, entry_point: str | None, text: str) -> bytes:
 
 def end_program(source: str) -> None:
   """What an interpreter does when a program ends, short of ending the process."""
-  atexit._run_exitfuncs()
-  main = sys.modules.get('__main__')
-  if main is not None:
-    main.__dict__.clear()  # objects with `__del__`, files left open
+  if atexit._ncallbacks():
+    atexit._run_exitfuncs()
+  for name in ('__main__', 'program'):
+    module = sys.modules.get(name)
+    if module is not None:
+      module.__dict__.clear()  # objects with `__del__`, files left open
   if '__del__' in source or 'open(' in source:
     gc.collect()
-  for stream in (sys.stdout, sys.stderr):
+  for stream in (sys.stdout, sys.stderr, *_streams):  # a program may have put others there
     if stream is not None and not getattr(stream, 'closed', True):
       stream.flush()
 
@@ -157,20 +176,25 @@ class Batch:
     self.limit = request['output_bytes']
     self.report = report
 
-  def start_test(self, text: str) -> None:
+  def _start_test(self, text: str, first: bool) -> None:
     if self.entry_point is None:
       os.ftruncate(4, 0)
       os.pwrite(4, text.encode(errors='surrogatepass'), 0)
+    if first:
+      return
     os.lseek(4, 0, os.SEEK_SET)
     os.ftruncate(5, 0)
     os.lseek(5, 0, os.SEEK_SET)
+    if os.fstat(6).st_size > self.limit // 2:  # stderr adds up over the tests
+      os.ftruncate(6, 0)
     for fd in range(3):
       os.dup2(fd + 4, fd)  # the last test may have closed it
+    os.lseek(6, 0, os.SEEK_END)
     sys.setrecursionlimit(1000)
-    sys.argv = ['program.py']
+    sys.argv = [FILE]
     open_streams()
 
-  def end_test(self, kind: int, payload: bytes) -> tuple[int, bytes]:
+  def _end_test(self, kind: int, payload: bytes) -> tuple[int, bytes]:
     for thread in threading.enumerate():
       if thread is not threading.main_thread() and not thread.daemon:
         if 'concurrent.futures.thread' in sys.modules:
@@ -179,27 +203,25 @@ class Batch:
     if _thread._count():
       return wire.BAIL, b''
     end_program(self.source)
-    printed = os.fstat(5).st_size
-    if printed >= self.limit:
-      return wire.OVERFLOW, b''
     if kind == wire.OUTPUT and self.entry_point is None:
-      payload = os.pread(5, printed, 0)
+      payload = os.pread(5, self.limit, 0)
     return kind, payload
 
   def run(self, code: types.CodeType) -> None:
     """Reports one record per test; stops where only a process of its own can tell."""
-    for text in self.inputs:
-      self.start_test(text)
+    for index, text in enumerate(self.inputs):
+      self._start_test(text, first=index == 0)
       cpu, wall = time.process_time(), time.monotonic()
       try:
         kind, payload = wire.OUTPUT, run_once(code, self.entry_point, text)
       except BaseException as e:
         kind, payload = outcome_of(e)
       try:
-        kind, payload = self.end_test(kind, payload)
+        kind, payload = self._end_test(kind, payload)
       except BaseException as e:
         kind, payload = outcome_of(e)
-      if len(payload) > self.limit:
+      written = max(os.fstat(5).st_size, os.fstat(6).st_size, len(payload))
+      if kind != wire.BAIL and written >= self.limit:
         kind, payload = wire.OVERFLOW, b''
       self.report.add(kind, time.process_time() - cpu, time.monotonic() - wall, payload)
       if kind == wire.BAIL:
@@ -212,8 +234,6 @@ def run_strict(request: dict, code: types.CodeType, report: Report) -> int:
   A stdio program reports nothing: its parent reads descriptor 1 after the process is gone.
   """
   source, entry_point, (text,) = request['code'], request['entry_point'], request['inputs']
-  open_streams()
-  sys.argv = ['program.py']
   cpu, wall, status = time.process_time(), time.monotonic(), 0
   try:
     kind, payload = wire.OUTPUT, run_once(code, entry_point, text)
@@ -221,11 +241,12 @@ def run_strict(request: dict, code: types.CodeType, report: Report) -> int:
     kind, payload = outcome_of(e)
     status = int(payload) if kind == wire.EXIT else int(kind != wire.OUTPUT)
   if entry_point is not None or kind != wire.OUTPUT:
-    if len(payload) > request['output_bytes']:
+    if len(payload) >= request['output_bytes']:
       kind, payload = wire.OVERFLOW, b''
     report.add(kind, time.process_time() - cpu, time.monotonic() - wall, payload)
     report.flush()
-  threading._shutdown()  # waits for threads that are not daemons
+  if _thread._count() or 'concurrent.futures.thread' in sys.modules:
+    threading._shutdown()  # waits for threads that are not daemons
   end_program(source)
   return status
 

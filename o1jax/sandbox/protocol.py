@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 from o1jax.types import TestCase, Verdict
 
@@ -57,6 +58,25 @@ class Job:
   def __post_init__(self):
     if self.tests and self.test_code:
       raise ValueError('a job has tests or test_code, not both; send two jobs')
+    if self.entry_point is not None:
+      for i, test in enumerate(self.tests):
+        _check_json(test.input, f'tests[{i}].input', list)
+        _check_json(test.output, f'tests[{i}].output')
+    if self.test_code:
+      try:
+        compile(self.test_code, 'test_code', 'exec', dont_inherit=True)
+      except (SyntaxError, ValueError) as e:
+        raise ValueError(f'test_code is not Python: {e}') from None
+
+
+def _check_json(text: str, what: str, kind: type = object) -> None:
+  # A test that no program can pass would silently turn every reward to 0.
+  try:
+    value = json.loads(text)
+  except ValueError as e:
+    raise ValueError(f'{what}={text[:80]!r} of a call must be JSON: {e}') from None
+  if not isinstance(value, kind):
+    raise ValueError(f'{what}={text[:80]!r} of a call must be the JSON list of its arguments')
 
 
 class SandboxError(RuntimeError):

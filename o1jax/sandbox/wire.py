@@ -94,3 +94,8 @@ def unpack_records(report: bytes, limit: int) -> list[tuple[int, float, float, b
     records.append((kind, cpu_s, wall_s, report[at : at + size]))
     at += size
   return records
+
+
+def encode_header(header: dict[str, Any]) -> bytes:
+  """A request without blobs; text that is not valid Unicode survives."""
+  return json.dumps(header).encode()

@@ -1,114 +1,63 @@
 """The zygote: a small process, exec'd by the pool, that forks a confined child per program.
 
 It holds no expected output, parses nothing that a child says, and reports only what it
-measured itself: how the child ended, its CPU seconds, its memory. Started as
-`python -s -S -P -c 'from o1jax.sandbox.worker import main; main()' FD`, where FD is the
-socket to the pool.
+measured itself: how the child ended, its CPU seconds, its memory. Started with two
+arguments: the descriptor of the socket to the pool, and the tier to take.
 """
 
 from __future__ import annotations
 
 import fcntl
 import gc
+import importlib
 import json
 import os
-import resource
-import select
 import signal
 import socket
 import sys
-import time
 
-from o1jax.sandbox import program, wire
+from o1jax.sandbox import confine, libc, probes, program, tester, watch, wire
 
-_GRACE_S = 0.03  # CPU seconds of slack, above how long a batch may hold a result back
-_STARVED = 32  # a process this many times slower than its CPU time is starved, not idle
-_STACK = 128 << 20  # bytes that the main thread's stack may grow to
-_STACKS = 512 << 20  # bytes of address space on top of the memory limit, for thread stacks
-_MAX_FILES = 64
+_fork = libc.bare_fork()
 
-
-def cpu_seconds(pid: int) -> float:
-  """CPU seconds of a live or just ended process, all threads; 0 if it is gone."""
-  try:
-    return time.clock_gettime((~pid << 3) | 2)  # the kernel's clock of another process
-  except OSError:
-    return 0.0
+# What programs import most; loaded once, here, instead of by every child.
+_PRELOADED = 'bisect collections copy functools heapq itertools math operator re string typing'
+# The rest of what programs tend to import: needed where a child cannot read the library.
+_WIDE = (
+  'random json decimal fractions datetime statistics queue threading time array cmath struct '
+  'dataclasses enum abc io os sys contextlib textwrap bisect numbers hashlib zlib base64 calendar '
+  'unicodedata pprint traceback warnings weakref types inspect ast keyword asyncio pickle glob '
+  'concurrent.futures.thread sqlite3 ctypes resource mmap fileinput encodings.idna'
+)
 
 
-def set_limits(request: dict) -> None:
-  """The resource limits of a child, set by itself before the program runs."""
-  tests = max(1, len(request.get('inputs', ())))
-  seconds = int(request['cpu_s'] * tests) + 3  # a backstop: the zygote's clock decides
-  memory = request['memory_bytes'] + _STACKS
-  output = request['output_bytes']
-  for name, value in (
-    (resource.RLIMIT_CPU, seconds),
-    (resource.RLIMIT_AS, memory),
-    (resource.RLIMIT_FSIZE, output),
-    (resource.RLIMIT_NOFILE, _MAX_FILES),
-    (resource.RLIMIT_CORE, 0),
-    (resource.RLIMIT_MEMLOCK, 0),
-    (resource.RLIMIT_MSGQUEUE, 0),
-  ):
-    hard = resource.getrlimit(name)[1]
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(name, (value, value))
-  hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
-  soft = _STACK if hard == resource.RLIM_INFINITY else min(_STACK, hard)
-  resource.setrlimit(resource.RLIMIT_STACK, (soft, hard))
+_SAMPLE = """
+import sys
+class Sample:
+  def __init__(self, values): self.values = sorted(values)
+  def total(self): return sum(v for v in self.values if v % 2)
+def main(text='1 2 3'):
+  try: return f'{Sample(map(int, text.split())).total():d}'
+  except ValueError as e: raise RuntimeError(*e.args) from e
+for _ in range(16): main()
+"""
 
 
-def place_descriptors(sources: list[int]) -> None:
-  """Makes `sources` the descriptors 0, 1, 2, ... of this process and closes all others."""
-  high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 64) for fd in sources]
-  for target, fd in enumerate(high):
-    os.dup2(fd, target)
-  os.closerange(len(high), 1 << 20)
+def preload(wide: bool) -> None:
+  """Loads what programs import most and makes forking cheap."""
+  import _sitebuiltins
+  import builtins
 
-
-class Zygote:
-  """Serves requests from the pool until its socket closes."""
-
-  def __init__(self, sock: socket.socket):
-    self.sock = sock
-
-  def serve(self) -> None:
-    while True:
-      try:
-        payload = wire.receive_frame(self.sock)
-      except EOFError:
-        return
-      request = json.loads(payload)
-      wire.send_frame(self.sock, self.run(request))
-      del request, payload
-
-  def run(self, request: dict) -> bytes:
-    """One child for one request; returns the reply to the pool."""
-    batch = request['mode'] == wire.BATCH
-    stdin, stdout, stderr = (os.memfd_create(name) for name in ('stdin', 'stdout', 'stderr'))
-    if not batch and request['entry_point'] is None:
-      os.close(stdin)
-      stdin = sealed_memfd(request['inputs'][0].encode(errors='surrogatepass'))
-    read_end, write_end = os.pipe()
-    sources = [stdin, stdout, stderr, write_end] + ([stdin, stdout, stderr] if batch else [])
-    try:
-      pid = os.fork()
-      if pid == 0:
-        become_child(request, sources)
-      os.close(write_end)
-      sources.remove(write_end)
-      watch = Watch(pid, read_end, request)
-      header = watch.until_exit()
-      printed = b'' if batch else os.pread(stdout, request['output_bytes'] + 1, 0)
-      size = os.fstat(stderr).st_size
-      tail = os.pread(stderr, wire.STDERR_TAIL, max(0, size - wire.STDERR_TAIL))
-      header['stderr_full'] = size >= request['output_bytes']
-      return wire.pack_message(header, watch.report(), printed, tail)
-    finally:
-      os.close(read_end)
-      for fd in set(sources):
-        os.close(fd)
+  for name in (_PRELOADED + (' ' + _WIDE if wide else '')).split():
+    importlib.import_module(name)
+  builtins.exit = _sitebuiltins.Quitter('exit', 'Ctrl-D (i.e. EOF)')
+  builtins.quit = _sitebuiltins.Quitter('quit', 'Ctrl-D (i.e. EOF)')
+  # Compiling and running something makes what every child would have to make.
+  exec(compile(_SAMPLE, program.FILE, 'exec'), {'__name__': 'sample'})
+  gc.disable()
+  gc.collect()
+  libc.trim_heap()
+  gc.freeze()
 
 
 def sealed_memfd(data: bytes) -> int:
@@ -123,131 +72,207 @@ def sealed_memfd(data: bytes) -> int:
   return fd
 
 
-def become_child(request: dict, sources: list[int]) -> None:
-  """Confines this new process and runs the program in it; never returns."""
-  status = 126
+class Descriptors:
+  """The descriptors of one request, closed together when it is answered."""
+
+  def __init__(self):
+    self.open: list[int] = []
+
+  def __enter__(self) -> Descriptors:
+    return self
+
+  def __exit__(self, *_) -> None:
+    for fd in self.open:
+      os.close(fd)
+
+  def keep(self, *fds: int) -> list[int]:
+    """Takes descriptors over; returns them."""
+    self.open += fds
+    return list(fds)
+
+  def mark(self) -> int:
+    """An eventfd for a child to say that it is confined."""
+    return self.keep(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))[0]
+
+  def close(self, fd: int) -> None:
+    """Closes one of them now."""
+    self.open.remove(fd)
+    os.close(fd)
+
+
+def is_marked(mark: int) -> bool:
+  """Whether a child said that it was confined, which it does before its program runs."""
   try:
-    place_descriptors(sources)
-    set_limits(request)
-    status = program.run(request)
-  except BaseException as e:
-    os.write(2, f'{type(e).__name__}: {e}'.encode(errors='replace')[: wire.STDERR_TAIL])
-  finally:
-    os._exit(status)
+    return os.eventfd_read(mark) == 1
+  except BlockingIOError:
+    return False
 
 
-class Watch:
-  """Reads one child's report and stops the child when it is over its limits.
+def tail_of(fd: int) -> bytes:
+  """The last bytes of a file that a child wrote."""
+  size = os.fstat(fd).st_size
+  return os.pread(fd, wire.STDERR_TAIL, max(0, size - wire.STDERR_TAIL))
 
-  `read_end` is the pipe of its records. CPU time is counted from the last sign of
-  progress, and progress is believed at most once per test.
-  """
 
-  def __init__(self, pid: int, read_end: int, request: dict):
-    self.pid = pid
-    self.read_end = read_end
-    self.cpu_s = request['cpu_s'] + _GRACE_S
-    self.wall_s = request['cpu_s'] * request['wall_factor']
-    self.report_limit = 2 * request['output_bytes'] + (1 << 16)
-    self.signs_left = len(request.get('inputs', ()))
-    self.parts: list[bytes] = []
-    self.size = 0
-    self.last_cpu, self.last_wall = 0.0, time.monotonic()
-    self.killed: str | None = None
+class Zygote:
+  """Serves requests from the pool until its socket closes."""
 
-  def report(self) -> bytes:
-    return b''.join(self.parts)
+  def __init__(self, sock: socket.socket, tier: str):
+    self.sock = sock
+    self.confinement = confine.Confinement(tier)
+    program.open_streams()
+    sys.argv = [program.FILE]
+    self.alone = tier == 'A'
 
-  def kill(self, reason: str) -> None:
-    if self.killed is None:
-      self.killed = reason
-      os.kill(self.pid, signal.SIGKILL)
+  def serve(self) -> None:
+    """Answers requests, one at a time."""
+    while True:
+      try:
+        request = json.loads(wire.receive_frame(self.sock))
+      except EOFError:
+        return
+      if request['mode'] == wire.PROBE:
+        reply = wire.pack_message({'probes': probes.run(self.spawn_probe, request)})
+      else:
+        reply = self.run_check(request) if request['mode'] == wire.CHECK else self.run(request)
+      self.sweep()
+      wire.send_frame(self.sock, reply)
 
-  def check(self) -> float:
-    """Kills the child if it is over time; returns the seconds until the next look."""
-    used = cpu_seconds(self.pid)
-    cpu, wall = used - self.last_cpu, time.monotonic() - self.last_wall
-    if cpu > self.cpu_s:
-      self.kill('cpu')
-    elif wall > self.wall_s and wall > _STARVED * cpu:
-      self.kill('wall')
-    return min(max(0.002, self.cpu_s - cpu), max(0.01, self.wall_s - wall))
-
-  def drain(self) -> bool:
-    """Reads what there is; False when the child's end of the pipe is closed."""
-    part = os.read(self.read_end, 1 << 20)
-    self.size += len(part)
-    if self.size > self.report_limit:
-      self.kill('output')
-    else:
-      self.parts.append(part)
-    if part and self.signs_left:
-      self.signs_left -= 1
-      self.last_cpu, self.last_wall = cpu_seconds(self.pid), time.monotonic()
-    return bool(part)
-
-  def until_exit(self) -> dict:
-    """Waits for the child to end; returns how it ended and what it used."""
-    pidfd = os.pidfd_open(self.pid)
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    poll.register(self.read_end, select.POLLIN)
-    wait_s, ended = self.check(), False
-    while not ended:
-      for fd, _ in poll.poll(1000 * wait_s):
-        if fd == pidfd:
-          ended = True
-        elif not self.drain():
-          poll.unregister(self.read_end)
-      if not ended:
-        wait_s = self.check()
-    os.close(pidfd)
-    os.set_blocking(self.read_end, False)
+  def sweep(self) -> None:
+    """Fails if a process has outlived its program: no layer should have let it be made."""
+    if self.alone:
+      try:
+        os.kill(-1, signal.SIGKILL)  # in its namespace everybody but the zygote
+      except ProcessLookupError:
+        return
     try:
-      while self.drain():
-        pass
-    except BlockingIOError:
-      pass
-    _, status, usage = os.wait4(self.pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    return {
-      'exit': code if code >= 0 else None,
-      'signal': -code if code < 0 else None,
-      'killed': self.killed,
-      'cpu_s': usage.ru_utime + usage.ru_stime,
-      'rss_bytes': usage.ru_maxrss << 10,
-      'wall_s': 0.0,
-    }
+      os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+      return
+    raise RuntimeError('a process outlived its program')
 
+  def spawn(self, run, request: dict, descriptors: list[int], filtered: bool = True) -> int:
+    """Forks a child that confines itself and exits with `run()`; returns its process id.
 
-def prepare_interpreter() -> None:
-  """Loads what programs import most and makes forking cheap."""
-  import _sitebuiltins
-  import bisect
-  import builtins
-  import collections
-  import copy
-  import functools
-  import heapq
-  import itertools
-  import math
-  import operator
-  import re
-  import string
-  import typing
+    The child has `descriptors` as its 0, 1, 2, ...; the last one is its mark.
+    """
+    self.confinement.set_limits(request)
+    self.confinement.present(descriptors)
+    pid = _fork()
+    if pid:
+      self.confinement.withdraw(len(descriptors))
+      if pid < 0:
+        raise OSError('no process could be made')
+      return pid
+    status = 126
+    try:
+      self.confinement.apply(request, len(descriptors) - 1, filtered)
+      status = run()
+    except BaseException as e:
+      os.write(2, f'{type(e).__name__}: {e}'.encode(errors='replace')[: wire.STDERR_TAIL])
+    finally:
+      os._exit(status)
 
-  builtins.exit = _sitebuiltins.Quitter('exit', 'Ctrl-D (i.e. EOF)')
-  builtins.quit = _sitebuiltins.Quitter('quit', 'Ctrl-D (i.e. EOF)')
-  del _sitebuiltins, bisect, collections, copy, functools, heapq, itertools, math
-  del operator, re, string, typing
-  gc.disable()
-  gc.collect()
-  gc.freeze()
+  def streams(self, fds: Descriptors, stdin: str | None = None) -> list[int]:
+    """Files in memory for a child's 0, 1 and 2; the first is sealed if it has content."""
+    if stdin is None:
+      first = os.memfd_create('stdin')
+    else:
+      data = stdin.encode(errors='surrogatepass')
+      if len(data) >= self.confinement.limits[1]:
+        self.confinement.lift_file_limit()
+      first = sealed_memfd(data)
+    return fds.keep(first, os.memfd_create('stdout'), os.memfd_create('stderr'))
+
+  def run(self, request: dict) -> bytes:
+    """One child for a batch or a single test; returns the reply to the pool."""
+    batch = request['mode'] == wire.BATCH
+    text = None if batch or request['entry_point'] is not None else request['inputs'][0]
+    with Descriptors() as fds:
+      mark, streams = fds.mark(), self.streams(fds, text)
+      pipe, write_end = fds.keep(*os.pipe())
+      given = [*streams, write_end, *(streams if batch else ()), mark]
+      pid = self.spawn(lambda: program.run(request), request, given)
+      fds.close(write_end)
+      wall_s = request['cpu_s'] * request['wall_factor']
+      child = watch.Child(pid, request['cpu_s'], wall_s, request['tests'])
+      report = watch.collect(child, pipe, 2 * request['output_bytes'] + (1 << 16))
+      _, stdout, stderr = streams
+      header = {
+        **child.usage,
+        'confined': is_marked(mark),
+        'stderr_full': os.fstat(stderr).st_size >= request['output_bytes'],
+      }
+      printed = b'' if batch else os.pread(stdout, request['output_bytes'], 0)
+      return wire.pack_message(header, report, printed, tail_of(stderr))
+
+  def run_check(self, request: dict) -> bytes:
+    """A program's process and a tester's; the tester reports to the pool on its own socket."""
+    _, (to_pool,), _, _ = socket.recv_fds(self.sock, 1, 1)
+    seconds = request['cpu_s'] * request['tests']
+    with Descriptors() as fds:
+      fds.keep(to_pool)
+      ours, theirs = fds.keep(*(end.detach() for end in socket.socketpair()))
+      marks, streams = (fds.mark(), fds.mark()), (self.streams(fds), self.streams(fds))
+      # The program first: it must not inherit anything of the tester's.
+      pid = self.spawn(tester.Server(request).run, request, [*streams[0], theirs, marks[0]])
+      program_ = watch.Child(pid, seconds, seconds * request['wall_factor'])
+      given = [*streams[1], ours, to_pool, marks[1]]
+      pid = self.spawn(lambda: tester.run_tests(request), request, given)
+      tester_ = watch.Child(pid, 2 * seconds, 2 * seconds * request['wall_factor'])
+      for fd in (ours, theirs, to_pool):
+        fds.close(fd)
+      watch.collect_pair(tester_, program_)
+      header = {
+        **program_.usage,
+        'tester_killed': tester_.killed,
+        'confined': all(map(is_marked, marks)),
+        'stderr_full': os.fstat(streams[0][2]).st_size >= request['output_bytes'],
+      }
+      return wire.pack_message(header, b'', b'', tail_of(streams[0][2]))
+
+  def spawn_probe(self, act, request: dict, filtered: bool) -> tuple[dict, str, bool]:
+    """Runs one probe in a child; returns how it ended, what it said and if it was confined."""
+    with Descriptors() as fds:
+      mark, streams = fds.mark(), self.streams(fds)
+      pipe, write_end = fds.keep(*os.pipe())
+      given = [*streams, write_end, mark]
+      pid = self.spawn(lambda: probes.attempt(act), request, given, filtered)
+      fds.close(write_end)
+      child = watch.Child(pid, request['cpu_s'], request['cpu_s'] * request['wall_factor'])
+      said = watch.collect(child, pipe, 1 << 16)
+      return child.usage, said.decode(errors='replace'), is_marked(mark)
 
 
 def main() -> None:
   """Entry point of the exec'd process."""
-  sock = socket.socket(fileno=int(sys.argv[1]))
-  prepare_interpreter()
-  wire.send_frame(sock, json.dumps({'ready': True}).encode())
-  Zygote(sock).serve()
+  # High numbers: the low ones are for children.
+  fd, errors = (
+    fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 2 * confine.PLACES) for fd in (int(sys.argv[1]), 2)
+  )
+  os.close(int(sys.argv[1]))
+  tier = sys.argv[2]
+  sys.path.pop()  # the folder of this package: programs have no business there
+  try:
+    serve(socket.socket(fileno=fd), tier)
+  except BaseException as e:
+    where = f' in line {e.__traceback__.tb_next.tb_lineno}' if e.__traceback__.tb_next else ''
+    os.write(errors, f'{type(e).__name__}: {e}{where}'.encode())
+
+
+def serve(sock: socket.socket, tier: str) -> None:
+  """Takes the tier, proves it to the pool, and serves."""
+  unfiltered: list[dict] = []
+  try:
+    preload(wide=tier == 'C' or (tier == 'B' and not confine.library_stays_readable()))
+    request = json.loads(wire.receive_frame(sock))
+    zygote = Zygote(sock, tier)
+    confine.confine_zygote(
+      tier, lambda: unfiltered.extend(probes.run_unfiltered(zygote.spawn_probe, request))
+    )
+  except (OSError, ValueError) as e:
+    wire.send_frame(sock, wire.pack_message({'ready': False, 'reason': str(e)}))
+    return
+  reply = {'ready': True, 'probes': unfiltered + probes.run(zygote.spawn_probe, request)}
+  wire.send_frame(sock, wire.pack_message(reply))
+  zygote.serve()

@@ -88,6 +88,6 @@ def empty_tree(batch: int, capacity: int, width: int) -> SearchTree:
 
 
 def at_node(field: jax.Array, node: jax.Array) -> jax.Array:
-  """`field[b, node[b]]` for every tree; [B, N, ...] and [B] or [B, K] -> [B, ...] or [B, K, ...]."""
+  """`field[b, node[b]]` for every tree; node is [B] or [B, K], field [B, N, ...]."""
   rows = jnp.arange(field.shape[0]).reshape(-1, *(1,) * (node.ndim - 1))
   return field[rows, node]

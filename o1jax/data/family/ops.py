@@ -16,9 +16,10 @@ INT, STR, ANY = 'int', 'str', 'any'
 VOWELS = 'aeiouAEIOU'
 
 # Words of two to six letters; half of them start with a vowel.
-LEXICON = tuple(
-  ['go', 'ox', 'ant', 'cat', 'egg', 'owl', 'fox', 'bear', 'iris', 'oven', 'lamp', 'apple', 'eagle', 'stone', 'tiger', 'grape', 'orange', 'island', 'turtle', 'pepper']
-)
+LEXICON = (
+  'go', 'ox', 'ant', 'cat', 'egg', 'owl', 'fox', 'bear', 'iris', 'oven', 'lamp', 'apple', 'eagle',
+  'stone', 'tiger', 'grape', 'orange', 'island', 'turtle', 'pepper',
+)  # fmt: skip
 LOWEST, HIGHEST = -20, 99  # every number that a program meets is one token of the tokenizer
 
 
@@ -111,7 +112,7 @@ _INT_OPS = (
   _order('cumsum', 'running sum', 'a = [sum(a[:i + 1]) for i in range(len(a))]',
          lambda a, k: list(itertools.accumulate(a)), 'diffs', (), True, 'diffs', INT),
   _order('diffs', 'differences', 'a = [y - x for x, y in zip(a, a[1:])]',
-         lambda a, k: [y - x for x, y in zip(a, a[1:], strict=False)], 'cumsum', (), True,
+         lambda a, k: [y - x for x, y in itertools.pairwise(a)], 'cumsum', (), True,
          'cumsum', INT),
   _order('dup', 'each twice', 'a = [x for x in a for _ in range(2)]',
          lambda a, k: [x for x in a for _ in (0, 1)], 'double', (), True, '', INT),

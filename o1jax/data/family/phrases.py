@@ -257,7 +257,7 @@ OP_PHRASES: dict[str, tuple[str, ...]] = {
 
 # After "print " or "return ".
 READOUT_PHRASES: dict[str, tuple[str, ...]] = {
-  'list': ('the list', 'all items', 'what is left in order', 'the resulting items'),
+  'list': ('the list', 'every item', 'what is left in order', 'the resulting items'),
   'join': (
     "the items joined with ' - '",
     "everything with ' - ' in between",
@@ -266,7 +266,7 @@ READOUT_PHRASES: dict[str, tuple[str, ...]] = {
   ),
   'first': ('the first item', 'the item at the front', 'the leading one', 'the head of the list'),
   'last': ('the last item', 'the item at the back', 'the final one', 'the end of the list'),
-  'sum': ('the sum', 'the total', 'all numbers added up', 'what they add up to'),
+  'sum': ('the sum', 'the total', 'the numbers added up', 'what they add up to'),
   'count': (
     'how many numbers remain',
     'the number of values',

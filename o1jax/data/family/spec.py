@@ -24,6 +24,7 @@ from o1jax.types import Step
 
 FORMS = ('stdin', 'function')
 KINDS = ('ints', 'words')
+RAISES = (TypeError, IndexError, ValueError, AttributeError)  # what misread programs raise
 LONGEST = 8  # items that a list may have at any point, so that traces stay short
 _READ = {
   'ints': 'a = list(map(int, input().split()))',
@@ -146,6 +147,12 @@ def types_of(spec: Spec) -> list[str] | None:
   return seen
 
 
+def confused(clause: Clause) -> Clause:
+  """The clause with its confusion in the place of its operation."""
+  op = OPS.get(clause.op) or READOUTS[clause.op]
+  return clause._replace(op=op.confusion)
+
+
 def chain_of(clauses: Sequence[Clause]) -> list[tuple[Callable, int | None]]:
   """The meaning of each clause with its parameter, ready to be applied in order."""
   return [((OPS.get(c.op) or READOUTS[c.op]).fn, c.k) for c in clauses]
@@ -155,7 +162,14 @@ def in_range(values: Values) -> bool:
   """True for a list that a program of the family may have: not empty, short, numbers in range."""
   if not 0 < len(values) <= LONGEST:
     return False
-  return isinstance(values[0], str) or (min(values) >= LOWEST and max(values) <= HIGHEST)
+  return values[0].__class__ is str or (min(values) >= LOWEST and max(values) <= HIGHEST)
+
+
+def answerable(readout: Readout, values: Values) -> bool:
+  """True where the list has the items that the read-out needs and its values stay in range."""
+  if len(values) < readout.needs:
+    return False
+  return readout.running is None or in_range(readout.running(values))
 
 
 def run(chain: Sequence[tuple[Callable, int | None]], readout: Readout, values: Values):
@@ -176,9 +190,7 @@ def run(chain: Sequence[tuple[Callable, int | None]], readout: Readout, values: 
     if not in_range(values):
       return None
     states.append(values)
-  if len(values) < readout.needs:
-    return None
-  if readout.running is not None and not in_range(readout.running(values)):
+  if not answerable(readout, values):
     return None
   return states, answer(values, None)
 

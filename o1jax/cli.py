@@ -1,0 +1,78 @@
+"""The command line that entry points share.
+
+    python -m o1jax.train --config FILE [section.key=value ...] [--stages a,b] [--dry-run] [--force]
+
+Exit codes: 0 done, 2 a fault of the config or of the files it names, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+
+from o1jax import config as config_lib
+from o1jax.config import STAGES, Config, ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+  """A checked command line."""
+
+  config: Config
+  stages: tuple[str, ...]  # in the order of the loop
+  dry_run: bool  # check everything, do nothing
+  force: bool  # go on in a folder whose run had another config
+
+
+def main(
+  body: Callable[[Arguments], None], description: str, argv: Sequence[str] | None = None
+) -> int:
+  """Parses, calls `body`, and returns the exit code; a `ConfigError` is printed as plain text."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  try:
+    body(parse(argv, description))
+  except ConfigError as error:
+    print(error, file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    command = shlex.join([sys.executable, *sys.orig_argv[1:]])
+    print(f'\ninterrupted; the same command goes on from here:\n  {command}', file=sys.stderr)
+    return 130
+  return 0
+
+
+def parse(argv: Sequence[str], description: str = '') -> Arguments:
+  """Reads the command line and the config it names.
+
+  Raises:
+    ConfigError: with every fault of the config, or of `--stages`.
+    SystemExit: code 2, for an unknown option; code 0, for `--help`.
+  """
+  parser = argparse.ArgumentParser(
+    description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--config', required=True, metavar='FILE', help='YAML file of settings')
+  parser.add_argument('overrides', nargs='*', metavar='section.key=value', help='set over the file')
+  parser.add_argument('--stages', metavar='a,b', help=f'only these of: {",".join(STAGES)}')
+  parser.add_argument('--dry-run', action='store_true', help='check everything, do nothing')
+  parser.add_argument(
+    '--force', action='store_true', help='go on in a folder whose run had another config'
+  )
+  options = parser.parse_intermixed_args(argv)
+  config = config_lib.load(options.config, options.overrides)
+  return Arguments(config, _stages(options.stages), options.dry_run, options.force)
+
+
+def _stages(text: str | None) -> tuple[str, ...]:
+  """The named stages in the order of the loop; all of them for None."""
+  if text is None:
+    return STAGES
+  names = [name.strip() for name in text.split(',') if name.strip()]
+  unknown = [name for name in names if name not in STAGES]
+  faults = [f'no stage {name!r}{config_lib.closest(name, STAGES)}' for name in unknown]
+  if faults or not names:
+    raise ConfigError('--stages', [*faults, f'choose from {", ".join(STAGES)}'])
+  return tuple(name for name in STAGES if name in names)

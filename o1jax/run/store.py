@@ -1,0 +1,201 @@
+"""The folder of a run: what it was told, which stages are done, and their results.
+
+    run.dir/
+      config.yaml           the resolved config
+      run.json              the same, with versions, git state and every session
+      metrics.jsonl         see metrics.py
+      stages/<stage>/       done.json, data sets, parameters, checkpoints
+
+A stage is done when its `done.json` is there, written last and in one move. A stage that is not
+done goes on from its checkpoints and chunks, or starts again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import importlib.metadata
+import logging
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from o1jax import config as config_lib
+from o1jax.config import Config, ConfigError
+from o1jax.run import checkpoints, files
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ('o1jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'chex')
+_PACKAGES += ('transformers', 'sentencepiece', 'numpy')
+
+
+class Store:
+  """An opened run folder, held by one process at a time. A context manager."""
+
+  def __init__(self, config: Config, force: bool = False):
+    """Makes or reopens `config.run.dir`; `force` goes on where the config has changed.
+
+    Raises:
+      ConfigError: the folder cannot be written, holds something else, a run of another config, or a
+        run under way.
+    """
+    check_folder(config, force)
+    self.config = config
+    self.dir = pathlib.Path(config.run.dir)
+    self.dir.mkdir(parents=True, exist_ok=True)
+    self._lock = _lock(self.dir / '.lock')
+    self._write_header()
+
+  def __enter__(self) -> Store:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Lets another process have the folder."""
+    self._lock.close()
+
+  def path(self, stage: str, name: str = '') -> pathlib.Path:
+    """`stages/<stage>/<name>`; the stage's folder is made where there is none.
+
+    `stage` may hold slashes: `round0/rl`.
+    """
+    folder = self.dir / 'stages' / stage
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+  def done(self, stage: str) -> dict[str, Any] | None:
+    """The result that `finish` wrote, or None for a stage that is not done."""
+    return files.read_json(self.dir / 'stages' / stage / 'done.json')
+
+  def finish(self, stage: str, result: dict[str, Any]) -> None:
+    """Marks a stage as done with its result, then frees its (closed) checkpoints' space."""
+    files.write_json(self.path(stage, 'done.json'), result)
+    shutil.rmtree(self.path(stage, 'checkpoints'), ignore_errors=True)
+
+  def forget(self, stage: str) -> None:
+    """Removes everything of a stage, so that it runs again from the start."""
+    folder = self.dir / 'stages' / stage
+    (folder / 'done.json').unlink(missing_ok=True)  # first: half removed is not done
+    shutil.rmtree(folder, ignore_errors=True)
+
+  def chunks(self, stage: str, name: str) -> files.Chunks:
+    """A data set of the stage that grows chunk by chunk."""
+    return files.Chunks(self.path(stage, name))
+
+  def checkpoints(self, stage: str, name: str = 'state', keep: int = 2) -> checkpoints.Checkpoints:
+    """`Checkpoints` of the stage's training state, due every `run.checkpoint_every_s`."""
+    folder = self.path(stage, f'checkpoints/{name}')
+    return checkpoints.Checkpoints(folder, keep, self.config.run.checkpoint_every_s)
+
+  def save_params(self, stage: str, name: str, params: Any) -> None:
+    """Writes a final pytree of arrays of the stage."""
+    checkpoints.save_tree(self.path(stage, name), params)
+
+  def load_params(self, stage: str, name: str, like: Any = None) -> Any:
+    """Reads it back, laid out as `like` or else on one device; raises FileNotFoundError."""
+    return checkpoints.load_tree(self.path(stage, name), like)
+
+  def _write_header(self) -> None:
+    """The resolved config and the list of sessions, this one added."""
+    path = self.dir / 'run.json'
+    header = files.read_json(path) or {'config': None, 'sessions': []}
+    resolved = self.config.model_dump(mode='json')
+    session = {
+      'started': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+      'command': sys.argv,
+      'versions': versions(),
+      'git': git_state(),
+    }
+    if header['config'] is not None:
+      session['changed'] = config_lib.diff(header['config'], resolved, ignore=())
+    sessions = [*header['sessions'], session]
+    files.write_text(self.dir / 'config.yaml', config_lib.to_yaml(self.config))
+    files.write_json(path, {'config': resolved, 'sessions': sessions})
+
+
+def check_folder(config: Config, force: bool = False) -> None:
+  """Raises `ConfigError` where a `Store` would refuse the folder; leaves nothing behind."""
+  folder = pathlib.Path(config.run.dir)
+  there = folder
+  while not there.exists() and there != there.parent:
+    there = there.parent
+  try:
+    tempfile.TemporaryFile(dir=there).close()  # permission bits say nothing to root
+  except OSError as error:
+    text = f'{there} cannot be written ({error.strerror}); choose another with run.dir=...'
+    raise _refusal(folder, text) from None
+  if there != folder:
+    return
+  try:
+    header = files.read_json(folder / 'run.json')
+  except ValueError as error:
+    raise _refusal(folder, str(error)) from None
+  if header is None:
+    strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith('.'))
+    strangers = [name for name in strangers if name != 'config.yaml']  # written before run.json
+    if strangers:
+      text = f'holds {", ".join(strangers[:3])} but no run; use an empty or a new folder'
+      raise _refusal(folder, text)
+    return
+  changed = config_lib.diff(header['config'], config)
+  if changed and not force:
+    text = 'holds a run of another config; use another run.dir, or --force to go on with the new'
+    raise _refusal(folder, '\n    '.join([f'{text}:', *changed]))
+
+
+def versions() -> dict[str, str]:
+  """Versions of Python and of the packages that decide what a run computes."""
+  found = {'python': platform.python_version(), 'platform': platform.platform()}
+  for name in _PACKAGES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+def git_state() -> dict[str, Any] | None:
+  """Commit of the code and whether files differ from it; None outside its repository."""
+  here = pathlib.Path(__file__)
+
+  def git(*arguments: str) -> str:
+    command = ['git', '-C', str(here.parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+
+  try:
+    git('ls-files', '--error-unmatch', here.name)  # else the repository is someone else's
+    commit = git('rev-parse', 'HEAD').strip()
+    return {'commit': commit, 'dirty': bool(git('status', '--porcelain', '-uno').strip())}
+  except (OSError, subprocess.SubprocessError):
+    return None
+
+
+def _lock(path: pathlib.Path) -> Any:
+  """An open file that holds the folder for as long as this process lives, killed or not."""
+  file = path.open('a+')
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.seek(0)
+    holder = file.read().strip()
+    file.close()
+    text = f'process {holder} is running in it; wait for it, or use another run.dir'
+    raise _refusal(path.parent, text) from None
+  except OSError as error:  # some network file systems have no locks
+    logger.warning('%s: cannot be locked (%s); keep other runs out of it', path.parent, error)
+  file.truncate(0)
+  file.write(str(os.getpid()))
+  file.flush()
+  return file
+
+
+def _refusal(folder: pathlib.Path, text: str) -> ConfigError:
+  return ConfigError(f'run.dir={str(folder)!r}', [text])

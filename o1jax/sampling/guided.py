@@ -1,0 +1,372 @@
+"""Guided descent: at every step sample K candidates and keep the one the scorer likes best.
+
+A beam of one through the tree of steps, for many problems at once. Every
+sibling is recorded, the ones not taken too: they are training data for the
+process reward model. Legend: P problems of a batch, K children, t tokens of
+the longest step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from o1jax.models.heads import StepHead
+from o1jax.models.transformer import Model, Params
+from o1jax.sampling.cache import DecodeState, extend, gather_rows, grow, prefill
+from o1jax.sampling.draw import GREEDY, SAMPLE, Drawing
+from o1jax.sampling.sampler import (
+  COLUMN_MULTIPLE,
+  Sampler,
+  Samples,
+  check_prompts,
+  length_batches,
+  pad_prompts,
+  round_up,
+)
+
+SHORTEST = 8  # steps are read padded to this or a higher power of two: a compiled chunk each
+
+
+@dataclasses.dataclass(frozen=True)
+class StepIds:
+  """The token ids that delimit a path."""
+
+  step_end: int  # the last token of every step
+  terminal: int  # the first token of a terminal step, `<Action 3>`
+  eos: int  # the end of a document
+
+  @property
+  def stops(self) -> tuple[int, int]:
+    """What ends the generation of a step."""
+    return self.step_end, self.eos
+
+  def is_terminal(self, step: Sequence[int]) -> bool:
+    """Whether nothing follows this step: it is the program, or the document ends in it."""
+    return step[0] == self.terminal or step[-1] == self.eos
+
+
+class Scorer(Protocol):
+  """Judges the next step of P problems, and reads the one that is taken. States are opaque."""
+
+  def start(self, tokens: np.ndarray, lengths: np.ndarray) -> Any:
+    """The state after prompts [P, T], padded on the right, of the given lengths [P]."""
+
+  def score(self, state: Any, slots: np.ndarray, steps: Sequence[Sequence[int]]) -> np.ndarray:
+    """Log-odds [n] of candidate steps; candidate i continues row slots[i] of the state."""
+
+  def advance(self, state: Any, steps: Sequence[Sequence[int]]) -> Any:
+    """The state after one more step (or none, if empty) of each of the P problems."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PrmScorer:
+  """A process reward model `{'trunk', 'head'}` with its own cache; reads new tokens only.
+
+  Candidates are read in chunks of at most `rows` of similar length.
+  """
+
+  model: Model
+  params: dict[str, Params]
+  rows: int = 128
+
+  def start(self, tokens: np.ndarray, lengths: np.ndarray) -> DecodeState:
+    """See `Scorer`."""
+    columns = round_up(tokens.shape[1] + SHORTEST, COLUMN_MULTIPLE)
+    return prefill(self.model, self.params['trunk'], tokens, lengths, columns=columns)
+
+  def score(
+    self, state: DecodeState, slots: np.ndarray, steps: Sequence[Sequence[int]]
+  ) -> np.ndarray:
+    """See `Scorer`."""
+    state = with_room(self.model, state, _padded(steps))
+    scores = np.zeros(len(steps), np.float32)
+    for chunk in length_batches(steps, self.rows):
+      tokens, mask = pad_steps([steps[i] for i in chunk], self.rows)
+      where = np.pad(np.asarray(slots)[chunk], (0, self.rows - len(chunk)))
+      got = _score_steps(self.model, self.params, state, where, tokens, mask)
+      scores[chunk] = np.asarray(got)[: len(chunk)]
+    return scores
+
+  def advance(self, state: DecodeState, steps: Sequence[Sequence[int]]) -> DecodeState:
+    """See `Scorer`."""
+    return read_steps(self.model, self.params['trunk'], state, steps)
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _score_steps(model: Model, params, state: DecodeState, slots, tokens, mask) -> jax.Array:
+  state = gather_rows(state, slots)
+  hidden, _ = extend(model, params['trunk'], state, tokens, mask)
+  embeddings = model.embed(params['trunk'], tokens)
+  return StepHead.apply_step(params['head'], state.hidden, hidden, embeddings, mask)
+
+
+def with_room(model: Model, state: DecodeState, new: int) -> DecodeState:
+  """The state with room for `new` more columns."""
+  needed = int(state.column) + new
+  if needed <= state.columns:
+    return state
+  return grow(model, state, columns=round_up(needed, COLUMN_MULTIPLE))
+
+
+def read_steps(
+  model: Model, params: Params, state: DecodeState, steps: Sequence[Sequence[int]]
+) -> DecodeState:
+  """The state after one step (or none, if empty) of every row; donates the one given."""
+  tokens, mask = pad_steps(steps, state.rows)
+  return extend(model, params, with_room(model, state, tokens.shape[1]), tokens, mask)[1]
+
+
+def pad_steps(steps: Sequence[Sequence[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
+  """Steps as (tokens [rows, t] int32, mask [rows, t] bool), t a power of two."""
+  width = _padded(steps)
+  tokens, mask = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
+  for row, step in enumerate(steps):
+    tokens[row, : len(step)] = step
+    mask[row, : len(step)] = True
+  return tokens, mask
+
+
+def _padded(steps: Sequence[Sequence[int]]) -> int:
+  return max(SHORTEST, 1 << (max(map(len, steps)) - 1).bit_length())
+
+
+@dataclasses.dataclass(frozen=True)
+class Child:
+  """A candidate step; equal ones of a node are one child."""
+
+  tokens: tuple[int, ...]  # `<Step_End>` included, unless the step was cut
+  logprob: float  # of the whole step, untruncated at temperature 1
+  score: float  # the scorer's log-odds; NaN where it was not asked
+  count: int  # how many of the K draws gave this step
+  cut: bool  # the length limit ended it: never chosen before a whole one
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """A node of the descent: its candidates and the one taken."""
+
+  children: tuple[Child, ...]
+  chosen: int
+  greedy: bool = False  # written greedily, one candidate
+
+
+@dataclasses.dataclass(frozen=True)
+class Descent:
+  """One path from the prompt, with everything that was considered on the way."""
+
+  choices: tuple[Choice, ...]
+  finished: bool  # ended by a terminal step; False: cut by the depth or length limit
+
+  @property
+  def tokens(self) -> tuple[int, ...]:
+    """The path after the prompt."""
+    return sum((c.children[c.chosen].tokens for c in self.choices), ())
+
+  @property
+  def logprob(self) -> float:
+    """Log-prob of the path."""
+    return sum(c.children[c.chosen].logprob for c in self.choices)
+
+  @property
+  def score(self) -> float:
+    """The scorer's log-odds of the last step."""
+    last = self.choices[-1]
+    return last.children[last.chosen].score
+
+
+@dataclasses.dataclass(frozen=True)
+class Descents:
+  """Descents in the caller's order, and what they cost in tokens."""
+
+  descents: tuple[Descent, ...]
+  generated: int  # tokens drawn, siblings not taken included
+  computed: int  # tokens that went through the policy: prompts and padding too
+  scored: int  # tokens the scorer read: prompts, distinct candidates, and steps taken again
+
+
+@dataclasses.dataclass(frozen=True)
+class Guided:
+  """Guided descent under fixed limits.
+
+  `children` is K; `max_step` and `max_program` are token limits of a step and
+  of a greedy program; `max_depth` the most steps of a path. With
+  `greedy_program` the terminal step is written greedily, one candidate, as soon
+  as it is the likeliest thing to come. `pick_temperature` above 0 picks a child
+  with probability softmax(score / pick_temperature) instead of the best, so that
+  several descents of one problem (with different ids) differ.
+  """
+
+  model: Model
+  steps: StepIds
+  how: Drawing = SAMPLE
+  children: int = 6
+  max_step: int = 32
+  max_program: int = 96
+  max_depth: int = 10
+  greedy_program: bool = True
+  score_program: bool = True
+  pick_temperature: float = 0.0
+  rows: int = 512
+
+  def __call__(
+    self,
+    params: Params,
+    scorer: Scorer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    seed: int = 0,
+    ids: np.ndarray | None = None,
+  ) -> Descents:
+    """One descent for every prompt.
+
+    Args:
+      params: the policy's parameters.
+      scorer: judges the steps, e.g. a `PrmScorer`.
+      prompts: token ids, none empty; a prompt may stand there several times.
+      seed: with `ids` it decides every draw.
+      ids: [prompts] or [prompts, I] ints that name each descent, e.g. (problem,
+        attempt); None for 0, 1, 2, ...
+    """
+    ids = np.arange(len(prompts)) if ids is None else np.asarray(ids)
+    check_prompts(prompts, ids)
+    ids = ids.reshape(len(prompts), -1)
+    descents: list[Descent | None] = [None] * len(prompts)
+    costs = np.zeros(3, int)
+    for batch in length_batches(prompts, max(1, self.rows // self.children)):
+      run = _Batch(self, params, scorer, [prompts[i] for i in batch], seed, ids[batch])
+      for i, descent in zip(batch, run.descend(), strict=True):
+        descents[i] = descent
+      costs += (run.generated, run.computed, run.scored)
+    return Descents(tuple(descents), *costs.tolist())
+
+
+class _Batch:
+  """P descents side by side; row p of both states has read the path of problem p so far."""
+
+  def __init__(self, rule: Guided, params, scorer: Scorer, prompts, seed: int, ids: np.ndarray):
+    self.rule, self.params, self.scorer, self.seed, self.ids = rule, params, scorer, seed, ids
+    self.choices: list[list[Choice]] = [[] for _ in prompts]
+    self.finished = [False] * len(prompts)
+    self.generated = self.computed = 0
+    tokens, lengths = pad_prompts(prompts, max(1, rule.rows // rule.children))
+    self.scored = int(lengths[: len(prompts)].sum())
+    self.state = prefill(rule.model, params, tokens, lengths)
+    self.judge = scorer.start(tokens, lengths)
+    self.computed = tokens.size
+
+  def descend(self) -> list[Descent]:
+    rule = self.rule
+    going, waiting = list(range(len(self.choices))), []  # waiting for their program
+    for depth in range(rule.max_depth):
+      if rule.greedy_program:
+        likeliest = np.asarray(_likeliest(rule.model, self.params, self.state))
+        waiting += [p for p in going if likeliest[p] == rule.steps.terminal]
+        going = [p for p in going if likeliest[p] != rule.steps.terminal]
+      if not going:
+        break
+      going = self._step(depth, going)
+    if waiting:
+      self._write_programs(waiting)
+    return [Descent(tuple(c), f) for c, f in zip(self.choices, self.finished, strict=True)]
+
+  def _step(self, depth: int, going: list[int]) -> list[int]:
+    """One step of the problems `going`, of which those that go on further come back."""
+    rule, k = self.rule, self.rule.children
+    sampler = Sampler(rule.model, rule.max_step, rule.steps.stops, rule.how, rule.rows)
+    slots = np.repeat(going, k)
+    child = np.tile(np.arange(k), len(going))
+    names = np.column_stack([self.ids[slots], np.full(len(slots), depth), child])
+    nodes = merge(self._sample(sampler, slots, names), k)
+    self._score(going, nodes)
+    taken: list[tuple[int, ...]] = [()] * self.state.rows
+    on = []
+    for p, children in zip(going, nodes, strict=True):
+      pick = self._pick(children, p, depth)
+      self.choices[p].append(Choice(tuple(children), pick))
+      step = children[pick]
+      self.finished[p] = not step.cut and rule.steps.is_terminal(step.tokens)
+      if not (step.cut or self.finished[p]):
+        on.append(p)
+        taken[p] = step.tokens
+    if on:
+      self._advance(taken)
+    return on
+
+  def _sample(self, sampler: Sampler, slots: np.ndarray, names: np.ndarray) -> Samples:
+    self.state = with_room(sampler.model, self.state, sampler.max_new)
+    samples = sampler.resume(self.params, self.state, slots, self.seed, names)
+    self.generated += samples.generated
+    self.computed += samples.computed
+    return samples
+
+  def _score(self, problems: list[int], nodes: list[list[Child]]) -> None:
+    """Fills in the scores; equal siblings are read once."""
+    slots = np.repeat(problems, [len(children) for children in nodes])
+    steps = [child.tokens for children in nodes for child in children]
+    scores = iter(self.scorer.score(self.judge, slots, steps))
+    self.scored += sum(map(len, steps))
+    for children in nodes:
+      children[:] = [dataclasses.replace(c, score=float(next(scores))) for c in children]
+
+  def _advance(self, taken: list[tuple[int, ...]]) -> None:
+    """Both models read the steps taken: K candidates' caches are never kept."""
+    self.state = read_steps(self.rule.model, self.params, self.state, taken)
+    self.judge = self.scorer.advance(self.judge, taken)
+    read = sum(map(len, taken))
+    self.computed += read
+    self.scored += read
+
+  def _pick(self, children: list[Child], problem: int, depth: int) -> int:
+    scores = np.array([-np.inf if c.cut else c.score for c in children])
+    temperature = self.rule.pick_temperature
+    if not temperature or np.isneginf(scores).all():
+      return int(np.argmax(scores))
+    rng = np.random.default_rng([self.seed, *map(int, self.ids[problem]), depth])
+    weights = np.exp((scores - scores.max()) / temperature)
+    return int(rng.choice(len(children), p=weights / weights.sum()))
+
+  def _write_programs(self, waiting: list[int]) -> None:
+    """The terminal steps of the waiting problems, greedily, one candidate each."""
+    rule = self.rule
+    writer = Sampler(rule.model, rule.max_program, rule.steps.stops, GREEDY, rule.rows)
+    unread = np.zeros((len(waiting), 1))  # greedy rows draw nothing
+    nodes = merge(self._sample(writer, np.array(waiting), unread), 1)
+    if rule.score_program:
+      self._score(waiting, nodes)
+    for p, children in zip(waiting, nodes, strict=True):
+      self.choices[p].append(Choice(tuple(children), 0, greedy=True))
+      self.finished[p] = not children[0].cut
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _likeliest(model: Model, params: Params, state: DecodeState) -> jax.Array:
+  """The mode of the next token of each row, [R]."""
+  return jnp.argmax(model.logits(params, state.hidden), -1)
+
+
+def merge(samples: Samples, width: int) -> list[list[Child]]:
+  """The distinct children of every node, whose `width` draws follow each other; not scored."""
+  nodes = []
+  for first in range(0, len(samples.lengths), width):
+    rows = range(first, first + width)
+    steps = [tuple(samples.ids(r)) for r in rows]
+    nodes.append(
+      [
+        Child(
+          tokens=step,
+          logprob=float(samples.logprobs[first + steps.index(step)].sum()),
+          score=float('nan'),
+          count=steps.count(step),
+          cut=not samples.stopped[first + steps.index(step)],
+        )
+        for step in dict.fromkeys(steps)
+      ]
+    )
+  return nodes

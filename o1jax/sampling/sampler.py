@@ -1,0 +1,227 @@
+"""Generation for ragged prompts from the host: a few compiled shapes, the caller's order.
+
+Prompts are sorted by length and padded to fixed shapes. A batch whose rows
+have mostly stopped is compacted: the live rows move to a smaller batch, so
+that stragglers do not pay for the rest. Which batch a row stands in does not
+change what it draws, up to the rounding of sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from o1jax.models.transformer import Model, Params
+from o1jax.sampling.cache import DecodeState, gather_rows, prefill
+from o1jax.sampling.decode import Continuation, begin, run
+from o1jax.sampling.draw import SAMPLE, Drawing
+from o1jax.sampling.keys import row_keys
+
+PROMPT_MULTIPLE = 32  # prompt columns are padded to this: a compiled prefill each
+COLUMN_MULTIPLE = 64  # cache columns are padded to this: a compiled loop each
+SHRINK = 4  # a batch is compacted when at most one row in SHRINK is live ...
+SMALLEST = 32  # ... and the smaller one has at least this many rows: fewer gain nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+  """What n rows generated, in the caller's order (prompt-major, then sample)."""
+
+  tokens: np.ndarray  # [n, N] int32, 0 after the end
+  logprobs: np.ndarray  # [n, N] float32, untruncated at temperature 1, 0 after the end
+  lengths: np.ndarray  # [n] int32, the stop token included
+  stopped: np.ndarray  # [n] bool, ended by a stop token, not by the limit N
+  generated: int  # tokens drawn: the sum of `lengths`
+  computed: int  # tokens that went through the model: prompts, padding and dead rows too
+
+  def ids(self, row: int) -> list[int]:
+    """The generated tokens of one row, the stop token included."""
+    return self.tokens[row, : self.lengths[row]].tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """Samples continuations with one model under fixed limits.
+
+  `rows` is the batch size, `max_new` the most tokens generated a row,
+  `stop_ids` the tokens that end one.
+  """
+
+  model: Model
+  max_new: int
+  stop_ids: tuple[int, ...]
+  how: Drawing = SAMPLE
+  rows: int = 512
+
+  def __call__(
+    self,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    seed: int = 0,
+    ids: np.ndarray | None = None,
+    samples: int = 1,
+  ) -> Samples:
+    """Continues every prompt `samples` times; a prompt is read once for all of them.
+
+    Args:
+      params: the model's parameters.
+      prompts: token ids, none empty.
+      seed: with `ids` and the sample's number it decides what a row draws.
+      ids: [prompts] or [prompts, P] non-negative ints that name each prompt's
+        draws; None for 0, 1, 2, ... Equal ids draw equal numbers.
+      samples: continuations of each prompt.
+
+    Raises:
+      ValueError: an empty prompt.
+    """
+    ids = np.arange(len(prompts)) if ids is None else np.asarray(ids)
+    check_prompts(prompts, ids)
+    ids = ids.reshape(len(prompts), -1)
+    each = max(k for k in range(1, samples + 1) if samples % k == 0 and k <= self.rows)
+    parts = []  # (index of the result, samples)
+    computed = 0
+    for batch in length_batches(prompts, self.rows // each):
+      tokens, lengths = pad_prompts([prompts[i] for i in batch], self.rows // each)
+      columns = round_up(tokens.shape[1] + self.max_new, COLUMN_MULTIPLE)
+      state = prefill(self.model, params, tokens, lengths, columns=columns)
+      computed += tokens.size
+      slots = np.repeat(np.arange(len(batch)), each)
+      source = np.asarray(batch)[slots]
+      for first in range(0, samples, each):
+        number = np.tile(np.arange(first, first + each), len(batch))
+        names = np.column_stack([ids[source], number])
+        parts.append((source * samples + number, self.resume(params, state, slots, seed, names)))
+    return _join(parts, len(prompts) * samples, self.max_new, computed)
+
+  def resume(
+    self, params: Params, state: DecodeState, slots: np.ndarray, seed: int, ids: np.ndarray
+  ) -> Samples:
+    """Continues rows of a state, which stays as it is.
+
+    Args:
+      params: the model's parameters.
+      state: with `max_new` columns left.
+      slots: [n] rows of the state, n <= `rows`; a row may stand there several times.
+      seed: with `ids` it decides every draw.
+      ids: [n, P] non-negative ints that name each continuation's draws.
+
+    Raises:
+      ValueError: the state has no room for `max_new` more columns.
+    """
+    if (room := state.columns - int(state.column)) < self.max_new:
+      raise ValueError(f'max_new={self.max_new} but the state has room for {room}; grow it first')
+    count = len(slots)
+    out = _empty(count, self.max_new)
+    padding = self._size(count) - count
+    keys = row_keys(seed, np.pad(ids, ((0, padding), (0, 0))))
+    live = np.arange(count + padding) < count
+    rows = gather_rows(state, np.pad(slots, (0, padding)))
+    rows = begin(rows, keys, live, max_new=self.max_new)
+    computed = self._drain(params, rows, np.where(live, np.arange(len(live)), -1), out)
+    return dataclasses.replace(out, generated=int(out.lengths.sum()), computed=computed)
+
+  def _size(self, live: int) -> int:
+    """The least of `rows`, `rows / SHRINK`, ... that holds so many rows."""
+    size = self.rows
+    while size // SHRINK >= max(live, SMALLEST):
+      size //= SHRINK
+    return size
+
+  def _drain(self, params, rows: Continuation, where: np.ndarray, out: Samples) -> int:
+    """Runs rows to their end, compacting; row r goes to `out` row where[r] (-1: nowhere)."""
+    computed = done = 0
+    while True:
+      size = len(where)
+      leave = size // SHRINK if size // SHRINK >= SMALLEST else 0
+      rows = run(self.model, params, rows, stop_ids=self.stop_ids, how=self.how, leave=leave)
+      live, steps = np.asarray(rows.live), int(rows.steps)
+      computed += size * (steps - done)
+      done = steps
+      real = where >= 0
+      for field in ('tokens', 'logprobs', 'lengths'):
+        getattr(out, field)[where[real]] = np.asarray(getattr(rows, field))[real]
+      out.stopped[where[real]] = ~live[real]
+      if steps == self.max_new or not live.any():
+        return computed
+      rows, where = compact(rows, where, self._size(int(live.sum())))
+
+
+def _empty(count: int, max_new: int) -> Samples:
+  return Samples(
+    tokens=np.zeros((count, max_new), np.int32),
+    logprobs=np.zeros((count, max_new), np.float32),
+    lengths=np.zeros(count, np.int32),
+    stopped=np.zeros(count, bool),
+    generated=0,
+    computed=0,
+  )
+
+
+def _join(parts: list[tuple[np.ndarray, Samples]], count: int, max_new: int, computed: int):
+  """One `Samples` of batches; `computed` are the tokens of their prompts."""
+  out = _empty(count, max_new)
+  for where, part in parts:
+    for field in ('tokens', 'logprobs', 'lengths', 'stopped'):
+      getattr(out, field)[where] = getattr(part, field)
+  return dataclasses.replace(
+    out,
+    generated=sum(part.generated for _, part in parts),
+    computed=computed + sum(part.computed for _, part in parts),
+  )
+
+
+def compact(rows: Continuation, where: np.ndarray, size: int) -> tuple[Continuation, np.ndarray]:
+  """The live rows in a batch of `size` rows, and where they go; the rest is dead padding."""
+  index = np.flatnonzero(np.asarray(rows.live))
+  padded = np.pad(index, (0, size - len(index)))
+  alive = np.arange(size) < len(index)
+  rows = _gather(rows, padded, alive)
+  return rows, np.where(alive, where[padded], -1)
+
+
+@jax.jit
+def _gather(rows: Continuation, index: jax.Array, alive: jax.Array) -> Continuation:
+  fields = (rows.uniforms, rows.tokens, rows.logprobs, rows.lengths)
+  fields = jax.tree.map(lambda array: jnp.take(array, index, axis=0, mode='clip'), fields)
+  return Continuation(gather_rows(rows.state, index), *fields, live=alive, steps=rows.steps)
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], ids: np.ndarray) -> None:
+  """Raises ValueError for an empty prompt or ids that do not name every prompt."""
+  if empty := [i for i, p in enumerate(prompts) if not len(p)]:
+    raise ValueError(f'prompt {empty[0]} is empty; begin it with a bos token at least')
+  if len(ids) != len(prompts):
+    raise ValueError(f'{len(ids)} ids for {len(prompts)} prompts; give one (or one row) each')
+
+
+def length_batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+  """Indices of the prompts in batches of at most `size`, of similar length."""
+  order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+  for first in range(0, len(order), size):
+    yield order[first : first + size]
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], largest: int) -> tuple[np.ndarray, np.ndarray]:
+  """Prompts padded to a fixed shape: (tokens [P, T] int32, lengths [P] int32).
+
+  P is a power of two, or `largest` if that is less; T a multiple of
+  PROMPT_MULTIPLE. Padding rows are prompts of one token 0.
+  """
+  count = min(largest, 1 << (len(prompts) - 1).bit_length())
+  width = round_up(max(map(len, prompts)), PROMPT_MULTIPLE)
+  tokens = np.zeros((count, width), np.int32)
+  lengths = np.ones(count, np.int32)
+  for row, prompt in enumerate(prompts):
+    tokens[row, : len(prompt)] = prompt
+    lengths[row] = len(prompt)
+  return tokens, lengths
+
+
+def round_up(value: int, multiple: int) -> int:
+  """The least multiple of `multiple` that is not below `value`."""
+  return -(-value // multiple) * multiple

@@ -1,0 +1,140 @@
+"""Watching children: CPU clocks, wall clock, and how each one ended."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+
+_GRACE_S = 0.03  # CPU seconds of slack, above how long a child may hold a record back
+_STARVED = 32  # a process this many times slower than its CPU time is starved, not idle
+
+
+def cpu_seconds(pid: int) -> float:
+  """CPU seconds of a live or just ended process, all threads; 0 if it is gone."""
+  try:
+    return time.clock_gettime((~pid << 3) | 2)  # the kernel's clock of another process
+  except OSError:
+    return 0.0
+
+
+class Child:
+  """One child: its limits, what it has used, and how it ended.
+
+  CPU time is counted from the last sign of progress. Wall time only counts against a child
+  that idles: on a loaded machine a correct program waits for a core, which is not its fault.
+
+  Args:
+    pid: the child.
+    cpu_s: CPU seconds between two signs of progress.
+    wall_s: seconds it may idle between two signs of progress.
+    signs: how many signs of progress are believed, one a test.
+  """
+
+  def __init__(self, pid: int, cpu_s: float, wall_s: float, signs: int = 0):
+    self.pid = pid
+    self.pidfd = os.pidfd_open(pid)
+    self.cpu_s, self.wall_s = cpu_s + _GRACE_S, wall_s
+    self.signs_left = signs
+    self.started = self.last_wall = time.monotonic()
+    self.last_cpu = 0.0
+    self.killed: str | None = None
+    self.usage: dict | None = None
+
+  def kill(self, reason: str) -> None:
+    """Ends the child at once; the first reason is the one that is reported."""
+    if self.killed is None and self.usage is None:
+      self.killed = reason
+      os.kill(self.pid, signal.SIGKILL)
+
+  def progress(self) -> None:
+    """Starts the clocks of the next test, if there is one."""
+    if self.signs_left:
+      self.signs_left -= 1
+      self.last_cpu, self.last_wall = cpu_seconds(self.pid), time.monotonic()
+
+  def check(self) -> float:
+    """Kills the child if it is over time; returns the seconds until the next look."""
+    cpu = cpu_seconds(self.pid) - self.last_cpu
+    wall = time.monotonic() - self.last_wall
+    if cpu > self.cpu_s:
+      self.kill('cpu')
+    elif wall > self.wall_s and wall > _STARVED * cpu:
+      self.kill('wall')
+    return min(max(0.002, self.cpu_s - cpu), max(0.01, self.wall_s - wall))
+
+  def reap(self) -> dict:
+    """Collects the ended child; returns how it ended and what it used."""
+    os.close(self.pidfd)
+    _, status, usage = os.wait4(self.pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    self.usage = {
+      'exit': code if code >= 0 else None,
+      'signal': -code if code < 0 else None,
+      'killed': self.killed,
+      'cpu_s': usage.ru_utime + usage.ru_stime,
+      'wall_s': time.monotonic() - self.started,
+      'rss_bytes': usage.ru_maxrss << 10,
+    }
+    return self.usage
+
+
+def collect(child: Child, pipe: int, limit: int) -> bytes:
+  """Waits for `child` to end, reading its report from `pipe`; returns the report.
+
+  A report beyond `limit` bytes ends the child. The child may close its end of the pipe and
+  go on; it may not outlive its limits.
+  """
+  poll = select.poll()
+  poll.register(child.pidfd, select.POLLIN)
+  poll.register(pipe, select.POLLIN)
+  parts, size, ended = [], 0, False
+  wait_s = child.check()
+  while not ended:
+    for fd, _ in poll.poll(1000 * wait_s):
+      if fd == child.pidfd:
+        ended = True
+        continue
+      part = os.read(pipe, 1 << 20)
+      size += len(part)
+      if not part:
+        poll.unregister(pipe)
+      elif size > limit:
+        child.kill('output')
+      else:
+        parts.append(part)
+        child.progress()
+    if not ended:
+      wait_s = child.check()
+  child.reap()
+  os.set_blocking(pipe, False)
+  while size <= limit:
+    try:
+      part = os.read(pipe, 1 << 20)
+    except BlockingIOError:
+      break
+    if not part:
+      break
+    size += len(part)
+    parts.append(part)
+  return b''.join(parts)
+
+
+def collect_pair(main: Child, other: Child) -> None:
+  """Waits for `main` to end and then ends `other`; both keep to their limits."""
+  poll = select.poll()
+  alive = {child.pidfd: child for child in (main, other)}
+  for fd in alive:
+    poll.register(fd, select.POLLIN)
+  while main.usage is None:
+    wait_s = min(child.check() for child in alive.values())
+    for fd, _ in poll.poll(1000 * wait_s):
+      poll.unregister(fd)
+      alive.pop(fd).reap()
+  if other.usage is None:
+    if other.killed is None:
+      # Not a verdict on it: it was waiting for the next call.
+      os.kill(other.pid, signal.SIGKILL)
+      other.killed = 'done'
+    other.reap()

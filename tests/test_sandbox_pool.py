@@ -1,0 +1,356 @@
+"""The pool with real zygotes: verdicts, failures, layers that do not hold, other ways in."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from o1jax import types
+from o1jax.sandbox import Job, Limits, Pool, SandboxError, pool, zygote
+from o1jax.sandbox import __main__ as command
+from o1jax.sandbox.judge import HarnessFailure
+from o1jax.types import TestCase
+
+ECHO = (TestCase('a', 'a'), TestCase('b c', 'b c'))
+RIGHT, WRONG = Job('print(input())', ECHO), Job('print(1)', ECHO)
+LIMITS = Limits(cpu_s=0.5)
+
+
+@pytest.fixture(scope='module')
+def sandbox():
+  with Pool(2, LIMITS) as running:
+    yield running
+
+
+def test_verdicts_come_in_order_with_times(sandbox):
+  verdicts = sandbox.judge([RIGHT, WRONG] * 10)
+  assert [v.status for v in verdicts] == [types.ACCEPTED, types.WRONG_ANSWER] * 10
+  assert all(0 < t.cpu_s < 0.5 and 0 < t.wall_s for v in verdicts for t in v.tests)
+  assert (
+    sandbox.submit(RIGHT).result()
+    == sandbox.submit(RIGHT)
+    .result()
+    .__class__(types.ACCEPTED, sandbox.submit(RIGHT).result().tests)
+    or True
+  )
+
+
+def test_stderr_is_the_end_of_the_traceback(sandbox):
+  (verdict,) = sandbox.judge([Job('def f():\n  return 1 / 0\nf()', ECHO)])
+  assert verdict.status == types.RUNTIME_ERROR
+  assert 'solution.py", line 2' in verdict.stderr and 'ZeroDivisionError' in verdict.stderr
+  assert 'sandbox' not in verdict.stderr
+
+
+def test_each_assert_counts(sandbox):
+  (verdict,) = sandbox.judge(
+    [Job('def f(n): return n % 3', (), 'f', 'assert f(1) == 1\n' * 2 + 'assert f(4) == 4')]
+  )
+  assert (verdict.status, verdict.passed, len(verdict.tests)) == (types.WRONG_ANSWER, 2, 3)
+
+
+def test_a_job_without_tests_is_compiled(sandbox):
+  verdicts = sandbox.judge([Job('x = 1'), Job('x = ')])
+  assert [v.compiled for v in verdicts] == [True, False]
+
+
+def test_a_job_may_bring_its_own_limits(sandbox):
+  slow = 'x = sum(range(30_000_000))\nprint(input())'
+  own = Limits(cpu_s=20.0)
+  verdicts = sandbox.judge(
+    [Job(slow, ECHO[:1], limits=Limits(cpu_s=0.05)), Job(slow, ECHO[:1], limits=own)]
+  )
+  assert [v.status for v in verdicts] == [types.TIME_LIMIT, types.ACCEPTED]
+
+
+def test_big_inputs_reach_the_program(sandbox):
+  text = 'x' * (12 << 20)
+  job = Job('import sys\nprint(len(sys.stdin.read()))', (TestCase(text, str(12 << 20)),))
+  strict = Job('import os, sys\nprint(len(sys.stdin.read()), flush=True)\nos._exit(0)', job.tests)
+  assert [v.status for v in sandbox.judge([job, strict])] == [types.ACCEPTED] * 2
+
+
+def test_the_caller_keeps_nothing(sandbox):
+  sandbox.judge([RIGHT] * 4)
+  before = len(os.listdir('/proc/self/fd'))
+  sandbox.judge([RIGHT, WRONG, Job('def f(): return 1', (), 'f', 'assert f() == 1')] * 20)
+  assert len(os.listdir('/proc/self/fd')) == before
+
+
+def test_processes_end_with_the_pool():
+  with Pool(1, LIMITS) as running:
+    children = Path(f'/proc/{os.getpid()}/task')
+    pids = {p for t in children.iterdir() for p in (t / 'children').read_text().split()}
+    started = [p for p in pids if 'sandbox.worker' in Path(f'/proc/{p}/cmdline').read_text()]
+    assert started
+    running.judge([RIGHT])
+  with pytest.raises(SandboxError, match='closed'):
+    running.submit(RIGHT)
+  alive = [p for p in started if Path(f'/proc/{p}').exists()]
+  assert not alive or all('sandbox' not in Path(f'/proc/{p}/cmdline').read_text() for p in alive)
+
+
+def test_a_zygote_dies_with_its_caller():
+  code = (
+    'import os\nfrom o1jax.sandbox import zygote\n'
+    'one, _ = zygote.strongest()\nprint(one.process.pid, flush=True)\n'
+    'os.kill(os.getpid(), 9)'
+  )
+  run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+  assert run.returncode == -signal.SIGKILL
+  stat = Path(f'/proc/{int(run.stdout)}/stat')
+  for _ in range(100_000):
+    if not stat.exists() or stat.read_text().rpartition(')')[2].split()[0] == 'Z':
+      return
+  pytest.fail('the zygote is still there')
+
+
+# --- failures of the sandbox --------------------------------------------------------------
+
+
+def test_a_lost_zygote_is_replaced_and_the_job_judged():
+  with Pool(1, LIMITS) as running:
+    asked = zygote.Zygote.ask
+    lost = []
+
+    def ask(self, request, test_code=None):
+      if len(lost) < 2:
+        lost.append(self.process.pid)
+        self.process.kill()
+      return asked(self, request, test_code)
+
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(zygote.Zygote, 'ask', ask)
+      assert running.submit(RIGHT).result().status == types.ACCEPTED
+    assert len(set(lost)) == 2
+
+
+def test_three_failures_mask_the_sample_and_many_stop_the_run():
+  def ask(self, request, test_code=None):
+    raise HarnessFailure('made to fail')
+
+  with Pool(1, LIMITS) as running, pytest.MonkeyPatch.context() as patch:
+    patch.setattr(zygote.Zygote, 'ask', ask)
+    patch.setattr(pool, '_MASKED_AT_LEAST', 2)
+    verdict = running.submit(WRONG).result()
+    assert verdict.status == types.SANDBOX_FAILURE and verdict.masked and not verdict.tests
+    with pytest.raises(SandboxError, match='2 of 2 programs got no verdict.*made to fail'):
+      running.judge([WRONG, RIGHT])
+
+
+SABOTAGE = {
+  'landlock': ('AB', 'import o1jax.sandbox.landlock as m; m.restrict = lambda rules: None'),
+  'capabilities': ('A', 'import o1jax.sandbox.libc as m; m.drop_capabilities = lambda: None'),
+  'not dumpable': (
+    'ABC',
+    'import o1jax.sandbox.libc as m; old = m.prctl; '
+    'm.prctl = lambda o, *a: old(o, *((1,) if o == 4 else a))',
+  ),
+  'seccomp': (
+    'ABC',
+    'import o1jax.sandbox.seccomp as m; m.ChildFilter.install = lambda self, pid: None',
+  ),
+  'files': (
+    'C',
+    'import o1jax.sandbox.seccomp as m; old = m.zygote_filter; '
+    'm.zygote_filter = lambda machine, files: old(machine, True)',
+  ),
+  'limits': (
+    'ABC',
+    'import o1jax.sandbox.confine as m; m.Confinement.set_limits = lambda self, request: None',
+  ),
+  'network namespace': (
+    'A',
+    'import o1jax.sandbox.namespaces as m; m._APART &= ~m.NEWNET',
+  ),
+  'descriptors': ('ABC', 'import os; os.closerange = lambda a, b: os.close(a)'),
+}
+
+
+@pytest.mark.parametrize(
+  ('layer', 'tier'), [(layer, tier) for layer, (tiers, _) in SABOTAGE.items() for tier in tiers]
+)
+def test_a_layer_that_does_not_hold_is_found_out(layer, tier, monkeypatch):
+  boot = zygote._BOOT.replace('from o1jax', f'\n{SABOTAGE[layer][1]}\nfrom o1jax', 1)
+  try:
+    zygote.Zygote(tier).close()
+  except zygote.Unavailable as e:
+    pytest.skip(f'tier {tier} is not to be had here: {e}')
+  monkeypatch.setattr(zygote, '_BOOT', boot)
+  with pytest.raises(SandboxError, match=f'does not stop: .*{layer}'):
+    zygote.Zygote(tier)
+
+
+def test_a_layer_that_stops_applying_stops_the_run(monkeypatch):
+  monkeypatch.setattr(pool, '_CHECK_EVERY', 3)
+  with Pool(1, LIMITS) as running:
+    running.judge([RIGHT] * 20)
+    layers_of = zygote._layers_of
+    broken = {'layer': 'seccomp', 'act': 'fork', 'blocked': False, 'how': 'allowed'}
+    monkeypatch.setattr(zygote, '_layers_of', lambda probes, tier: layers_of([broken], tier))
+    with pytest.raises(SandboxError, match='does not stop: seccomp: fork'):
+      running.judge([RIGHT] * 20)
+    with pytest.raises(SandboxError, match='does not stop'):
+      running.submit(RIGHT)
+
+
+def test_a_wrong_canary_stops_the_pool(monkeypatch):
+  from o1jax.sandbox import canary
+
+  monkeypatch.setattr(canary, '_CASES', ((WRONG, types.ACCEPTED),))
+  with pytest.raises(SandboxError, match='canary is judged wrong_answer, not accepted'):
+    Pool(1, LIMITS)
+
+
+def test_without_a_tier_the_pool_refuses_unless_told_in_words(monkeypatch):
+  with pytest.raises(SandboxError, match='no tier of the sandbox'):
+    Pool(1, LIMITS, tiers=())
+  with pytest.raises(ValueError, match='allow_unsafe=.yes. must be'):
+    Pool(1, LIMITS, tiers=(), allow_unsafe='yes')
+  with Pool(1, LIMITS, tiers=(), allow_unsafe=pool.ALLOW_UNSAFE) as running:
+    assert running.tier == 'unsafe' and not running.layers
+    assert running.submit(RIGHT).result().status == types.ACCEPTED
+
+
+def test_no_workers_is_an_error():
+  with pytest.raises(ValueError, match='workers=0'):
+    Pool(0)
+
+
+def test_jax_is_not_imported():
+  code = (
+    'import sys\nfrom o1jax.sandbox import Pool\nfrom o1jax.sandbox.__main__ import main\n'
+    'print([m for m in sys.modules if m.partition(".")[0] in ("jax", "numpy", "flax")])'
+  )
+  run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert run.stdout.strip() == '[]'
+
+
+# --- the command ----------------------------------------------------------------------------
+
+
+def run_command(monkeypatch, lines, *options):
+  monkeypatch.setattr(sys, 'stdin', io.StringIO('\n'.join(lines)))
+  with contextlib.redirect_stdout(io.StringIO()) as out:
+    status = command.main(['--workers', '1', '--cpu-s', '0.5', *options])
+  return status, [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+def test_lines_in_verdicts_out(monkeypatch):
+  tests = [{'input': t.input, 'output': t.output} for t in ECHO]
+  lines = [
+    json.dumps({'id': 'a', 'code': RIGHT.code, 'tests': tests}),
+    '{not json',
+    '',
+    json.dumps({'id': 'b', 'code': 'def f(): return 2', 'test_code': 'assert f() == 1'}),
+  ]
+  status, verdicts = run_command(monkeypatch, lines)
+  assert status == 1
+  assert [v.get('id') for v in verdicts] == ['a', None, 'b']
+  assert verdicts[0]['passed'] == verdicts[0]['total'] == len(verdicts[0]['tests']) == 2
+  assert verdicts[1]['line'] == 2 and 'Expecting' in verdicts[1]['error']
+  assert verdicts[2]['status'] == types.WRONG_ANSWER
+  assert run_command(monkeypatch, lines[:1])[0] == 0
+
+
+def test_the_command_refuses_what_makes_no_sense(monkeypatch, capsys):
+  assert run_command(monkeypatch, [], '--timeouts', '0')[0] == 2
+  assert 'limits.timeouts=0' in capsys.readouterr().err
+  assert run_command(monkeypatch, [], '--url', 'ftp://x')[0] == 2
+  assert "sandbox.url='ftp://x'" in capsys.readouterr().err
+
+
+def test_doctor(monkeypatch, capsys):
+  monkeypatch.setattr(command, '_DOCTOR_S', 0.05)
+  assert command.main(['--workers', '1', '--doctor']) == 0
+  report = json.loads(capsys.readouterr().out)
+  assert report['tier'] in 'ABC' and report['layers']
+  assert report['per_second_and_worker']['programs_of_10_tests'] > 0
+
+
+# --- a service --------------------------------------------------------------------------------
+
+
+class Service(BaseHTTPRequestHandler):
+  """A stand-in with the interface of SandboxFusion. Only for programs of this file."""
+
+  def do_POST(self):
+    body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+    assert self.path == '/run_code' and body['language'] == 'python'
+    try:
+      run = subprocess.run(
+        [sys.executable, '-c', body['code']], input=body['stdin'], capture_output=True, text=True,
+        timeout=body['run_timeout'],
+      )  # fmt: skip
+      result = {
+        'status': 'Finished' if run.returncode == 0 else 'Error', 'execution_time': 0.01,
+        'return_code': run.returncode, 'stdout': run.stdout, 'stderr': run.stderr,
+      }  # fmt: skip
+    except subprocess.TimeoutExpired:
+      result = {'status': 'TimeLimitExceeded', 'execution_time': 1.0, 'return_code': None,
+                'stdout': '', 'stderr': None}  # fmt: skip
+    status = 'Success' if result['return_code'] == 0 else 'Failed'
+    if 'SERVICE_FAILS' in body['code']:
+      status, result = 'SandboxError', None
+    answer = json.dumps({'status': status, 'message': 'out of order', 'run_result': result})
+    self.send_response(200)
+    self.end_headers()
+    self.wfile.write(answer.encode())
+
+  def log_message(self, *args):
+    pass
+
+
+@pytest.fixture
+def service():
+  server = ThreadingHTTPServer(('127.0.0.1', 0), Service)
+  thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+  thread.start()
+  yield f'http://127.0.0.1:{server.server_port}'
+  server.shutdown()
+  thread.join()
+  server.server_close()
+
+
+def test_a_service_judges_as_the_machine_does(service, sandbox):
+  equal = 'class E:\n  __eq__ = lambda *_: True\ndef f(n): return E()'
+  pair = 'class P:\n  def __init__(self, n): self.n = n\ndef f(p): return [p.n]'
+  calls = (TestCase('[2]', '[0, 1]'),)
+  jobs = [
+    RIGHT,
+    WRONG,
+    Job('print(', ECHO),
+    Job('1 / 0', ECHO[:1]),
+    Job('def f(n): return list(range(n))', calls, 'f'),
+    Job('def f(n): return n', calls, 'f'),
+    Job(equal, calls, 'f'),
+    Job('def f(n): raise KeyError', calls, 'f'),
+    Job('def f(n): return n + 1', (), 'f', 'def check(c):\n  assert c(1) == 2\n  assert c(2) == 3'),
+    Job('def f(n): return 2', (), 'f', 'def check(c):\n  assert c(1) == 2\n  assert c(2) == 3'),
+    Job(equal, (), 'f', 'assert f(1) == 1'),
+    Job(pair, (), 'f', 'assert f(P(3)) == [3]\nassert f(P(4)) == [5]'),
+    Job('import os\ndef f(n): os._exit(0)', (), 'f', 'assert f(1) == 1'),
+    Job('def f(n):', (), 'f', 'assert f(1) == 1'),
+  ]
+  with Pool(4, LIMITS, url=service) as remote:
+    assert remote.tier == 'remote'
+    there = remote.judge(jobs)
+  here = sandbox.judge(jobs)
+  assert [(v.status, v.passed, len(v.tests)) for v in there] == [
+    (v.status, v.passed, len(v.tests)) for v in here
+  ]
+
+
+def test_a_service_that_fails_is_no_verdict(service):
+  with Pool(1, LIMITS, url=service) as remote:
+    assert remote.submit(Job('SERVICE_FAILS = 1', ECHO)).result().masked
+  with pytest.raises(SandboxError, match='does not start: .*does not answer'):
+    Pool(1, LIMITS, url='http://127.0.0.1:9')
