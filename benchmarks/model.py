@@ -91,7 +91,10 @@ def make_train(model, tx):
 
 def measure(model, params, repeats):
   rng = np.random.default_rng(0)
-  draw = lambda *shape: jnp.asarray(rng.integers(3, model.config.vocab_size, shape), jnp.int32)
+
+  def draw(*shape):
+    return jnp.asarray(rng.integers(3, model.config.vocab_size, shape), jnp.int32)
+
   result = {}
   for rows in (16, 128, 512):
     generate, prompt = make_decode(model, rows), draw(rows, PROMPT)
@@ -113,13 +116,19 @@ def measure_reference(model, params, repeats):
     hf.save(folder, model, params)
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
   rng, result = np.random.default_rng(0), {}
-  draw = lambda *shape: torch.from_numpy(rng.integers(3, model.config.vocab_size, shape))
+
+  def draw(*shape):
+    return torch.from_numpy(rng.integers(3, model.config.vocab_size, shape))
+
+  def generate(prompt):
+    return reference.generate(
+      prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0
+    )
+
   for rows in (16, 128, 512):
     prompt = draw(rows, PROMPT)
-    generate = lambda p=prompt: reference.generate(
-      p, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0
-    )
-    result[f'reference_decode{rows}_tokens_per_s'] = rows * NEW / best_of(repeats, generate)
+    seconds = best_of(repeats, lambda p=prompt: generate(p))
+    result[f'reference_decode{rows}_tokens_per_s'] = rows * NEW / seconds
   optimizer, tokens = torch.optim.AdamW(reference.parameters()), draw(TRAIN_ROWS, TRAIN_TOKENS)
 
   def step():

@@ -6,7 +6,8 @@ Everything is pinned to one core, the caller included, so that a rate is a rate 
 program reads a number and prints another. `strict` is one process a test, `batched` ten tests
 a process; `subprocess` starts `python -c`, `process` a `multiprocessing.Process` that executes
 the program with its streams redirected and answers on a pipe, as the usual harnesses do. The
-ways take turns, so that a busy machine slows all of them. `--growth N` runs N tests more and
+ways take turns, so that a busy machine slows all of them; executions a CPU second say what a
+core to itself would give. `--growth N` runs N tests more and
 says what the processes hold before and after. The last line is JSON.
 """
 
@@ -18,6 +19,7 @@ import io
 import json
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -60,21 +62,18 @@ def by_process(test: TestCase) -> str:
 
 
 class Rate:
-  """Counts executions over the turns that one way gets."""
+  """Counts executions, seconds and CPU seconds over the turns that one way gets."""
 
-  def __init__(self, turn: Callable[[], int]):
-    self.turn = turn
-    self.done, self.spent = 0, 0.0
+  def __init__(self, turn: Callable[[], int], cpu_seconds: Callable[[], float]):
+    self.turn, self.cpu_seconds = turn, cpu_seconds
+    self.done, self.wall_s, self.cpu_s = 0, 0.0, 0.0
 
   def run(self, seconds: float) -> None:
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), self.cpu_seconds()
     while (now := time.perf_counter() - start) < seconds:
       self.done += self.turn()
-    self.spent += now
-
-  @property
-  def per_second(self) -> float:
-    return self.done / self.spent
+    self.wall_s += now
+    self.cpu_s += self.cpu_seconds() - cpu
 
 
 def _require(right: bool) -> None:
@@ -82,21 +81,21 @@ def _require(right: bool) -> None:
     raise SystemExit('a correct program was not accepted')
 
 
-def ways(ask: zygote.Zygote) -> dict[str, Rate]:
+def ways(one: zygote.Zygote) -> dict[str, Rate]:
   """Each way as a function that runs some tests and returns how many."""
 
   def strict() -> int:
     for test in TESTS:
       job = Job(CODE, (test,))
-      reply = ask(request_for(wire.STRICT, job, LIMITS, [test]))
+      reply = one.ask(request_for(wire.STRICT, job, LIMITS, [test]))
       _require(strict_result(reply, job, test, LIMITS).status == ACCEPTED)
     return len(TESTS)
 
   def batched() -> int:
-    _require(judge(Job(CODE, TESTS), LIMITS, ask).status == ACCEPTED)
+    _require(judge(Job(CODE, TESTS), LIMITS, one.ask).status == ACCEPTED)
     return len(TESTS)
 
-  def one(run: Callable[[TestCase], str]) -> Callable[[], int]:
+  def single(run: Callable[[TestCase], str]) -> Callable[[], int]:
     def turn() -> int:
       _require(run(TESTS[0]).split() == TESTS[0].output.split())
       return 1
@@ -106,16 +105,27 @@ def ways(ask: zygote.Zygote) -> dict[str, Rate]:
   turns = {
     'strict': strict,
     'batched': batched,
-    'subprocess': one(by_subprocess),
-    'process': one(by_process),
+    'subprocess': single(by_subprocess),
+    'process': single(by_process),
   }
-  return {name: Rate(turn) for name, turn in turns.items()}
+  pids = family(one.process.pid)
+  return {name: Rate(turn, lambda: spent(pids)) for name, turn in turns.items()}
 
 
 def family(pid: int) -> list[int]:
   """A process and its children."""
   children = Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
   return [pid, *(p for child in children for p in family(int(child)))]
+
+
+def spent(pids: list[int]) -> float:
+  """CPU seconds of this process, of what it waited for, and of a zygote with its children."""
+  own = resource.getrusage(resource.RUSAGE_CHILDREN)
+  total = time.process_time() + own.ru_utime + own.ru_stime
+  for pid in pids:
+    fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+    total += sum(map(int, fields[11:15])) / os.sysconf('SC_CLK_TCK')
+  return total
 
 
 def held(pid: int) -> dict[str, int]:
@@ -139,16 +149,20 @@ def main() -> None:
   args = parser.parse_args()
   os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
   one, confirmed = zygote.strongest()
-  rates = ways(one.ask)
+  rates = ways(one)
   for rate in rates.values():  # the first call of each way, uncounted
     rate.turn()
   turns = 5
   for _ in range(turns):
     for rate in rates.values():
       rate.run(args.seconds / turns)
-  report = {f'{name}_per_core': round(rate.per_second, 1) for name, rate in rates.items()}
-  for name, value in report.items():
-    print(f'{name:22} {value:8.1f} executions/s')
+  report: dict = {}
+  for name, rate in rates.items():
+    report[f'{name}_per_core'] = round(rate.done / rate.wall_s, 1)
+    report[f'{name}_per_cpu_second'] = round(rate.done / rate.cpu_s, 1)
+    print(
+      f'{name:12} {rate.done / rate.wall_s:8.0f} a second, {rate.done / rate.cpu_s:8.0f} a CPU second'
+    )
   before = held(one.process.pid)
   print(
     f'a zygote holds {before["resident_bytes"] / 2**20:.1f} MB in {before["processes"]} processes'

@@ -1,0 +1,1 @@
+"""O1-CODER in JAX: tree search, process rewards and RL for code models, in one loop."""

@@ -69,6 +69,7 @@ class Step:
 
   @property
   def terminal(self) -> bool:
+    """Whether the step writes the program and so ends the path."""
     return self.action == 3
 
 
@@ -98,14 +99,17 @@ class Verdict:
 
   @property
   def masked(self) -> bool:
+    """Whether the harness failed, so that the verdict says nothing about the program."""
     return self.status == SANDBOX_FAILURE
 
   @property
   def compiled(self) -> bool:
+    """Whether the program was seen to compile; False for a masked verdict."""
     return self.status not in (COMPILE_ERROR, SANDBOX_FAILURE)
 
   @property
   def passed(self) -> int:
+    """Number of tests passed."""
     return sum(t.status == ACCEPTED for t in self.tests)
 
   @property
@@ -134,6 +138,7 @@ class Trajectory:
 
   @property
   def accepted(self) -> bool:
+    """Whether its program passed every test."""
     return self.verdict is not None and self.verdict.status == ACCEPTED
 
 

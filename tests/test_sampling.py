@@ -11,10 +11,11 @@ from o1jax.models import Model, ModelConfig, StepHead
 from o1jax.sampling.cache import extend, gather_rows, grow, prefill, repeat_rows
 from o1jax.sampling.decode import decode
 from o1jax.sampling.draw import Drawing, draw, inverse_cdf
-from o1jax.sampling.guided import Guided, PrmScorer, StepIds
+from o1jax.sampling.guided import Guided, StepIds
 from o1jax.sampling.keys import row_keys, stable_id
 from o1jax.sampling.mcts import Search
 from o1jax.sampling.sampler import Sampler
+from o1jax.sampling.scorer import PrmScorer
 from o1jax.search import ROOT, UNVISITED
 
 VOCAB, EOS, STEP_END, TERMINAL = 40, 1, 2, 3
@@ -33,15 +34,20 @@ def model():
       num_heads=4,
       num_kv_heads=2,
       intermediate_size=32,
-      initializer_range=0.3,  # wide, so that the distributions are far from uniform
     )
   )
 
 
 @pytest.fixture(scope='module')
 def params(model):
-  params = jax.jit(model.init)(jax.random.key(0))
-  # Long rows: the marks of a path are sometimes very likely, sometimes never.
+  rng = np.random.default_rng(5)  # a model that ends steps and rows often, not always
+
+  def fill(path, shape):
+    norm = 'norm' in jax.tree_util.keystr(path)
+    # Wide, so that the distributions are far from uniform.
+    return jnp.asarray(norm + 0.3 * rng.normal(size=shape.shape), jnp.float32)
+
+  params = jax.tree_util.tree_map_with_path(fill, model.shapes())
   return params | {'embed': params['embed'].at[jnp.array([EOS, STEP_END, TERMINAL])].mul(2.5)}
 
 
@@ -71,7 +77,7 @@ def full_logprobs(model, params):
 
 @pytest.fixture(scope='module')
 def sampler(model):
-  return Sampler(model, max_new=MAX_NEW, stop_ids=(EOS,), rows=8)
+  return Sampler(model, max_new=MAX_NEW, stop_ids=(EOS,), rows=32)
 
 
 def test_greedy_equals_greedy_by_full_forward(model, params, sampler, full_logprobs):
@@ -122,12 +128,11 @@ def test_stop_tokens_end_rows_and_costs_are_counted(params, sampler):
   assert out.generated == out.lengths.sum() <= out.computed
 
 
-def test_compaction_changes_nothing(model, params, monkeypatch):
-  prompts = [[5 + i % 7, 9] for i in range(16)]
-  sampler = Sampler(model, max_new=MAX_NEW, stop_ids=(EOS, *range(20, 30)), rows=16)
-  plain = sampler(params, prompts, seed=1)
+def test_compaction_changes_nothing(params, sampler, monkeypatch):
+  plain = sampler(params, PROMPTS, seed=1, samples=8)
   monkeypatch.setattr('o1jax.sampling.sampler.SMALLEST', 4)
-  compacted = sampler(params, prompts, seed=1)
+  monkeypatch.setattr('o1jax.sampling.sampler.SHRINK', 2)
+  compacted = sampler(params, PROMPTS, seed=1, samples=8)
   assert compacted.computed < plain.computed
   for field in ('tokens', 'lengths', 'stopped'):
     np.testing.assert_array_equal(getattr(compacted, field), getattr(plain, field))
@@ -139,19 +144,24 @@ def test_empty_prompts_and_stray_ids_are_errors(params, sampler):
     sampler(params, [[5], []])
   with pytest.raises(ValueError, match='1 ids for 2 prompts'):
     sampler(params, [[5], [6]], ids=np.array([4]))
+  with pytest.raises(ValueError, match='max_new of at most 2046'):
+    dataclasses.replace(sampler, max_new=2047)(params, PROMPTS[1:2])
+  state = prefill(sampler.model, params, *pad(PROMPTS, 8))
+  with pytest.raises(ValueError, match='room for 0; grow it'):
+    sampler.resume(params, state, np.arange(4), 0, np.arange(4)[:, None])
 
 
 def test_holes_are_not_seen(model, params, full_logprobs):
   tokens, lengths = pad([[5, 6, 7], [8, 9]], 4)
-  state = prefill(model, params, tokens, lengths, columns=8)
-  state = grow(model, repeat_rows(state, 2), columns=16)
+  state = prefill(model, params, tokens, lengths, columns=16)
+  state = grow(model, repeat_rows(state, 2), columns=24)
   # Rows read chunks of different lengths, some nothing at all, then move around.
   chunk, counts = pad([[20, 21], [22], [], [23, 24]], 3)
   mask = np.arange(3)[None] < counts[:, None]
   _, state = extend(model, params, state, chunk, mask)
   state = gather_rows(state, np.array([3, 1, 2, 0]))
-  more, counts = pad([[30], [31, 32], [33], []], 2)
-  hidden, state = extend(model, params, state, more, np.arange(2)[None] < counts[:, None])
+  more, counts = pad([[30], [31, 32], [33], []], 3)
+  hidden, state = extend(model, params, state, more, np.arange(3)[None] < counts[:, None])
   rows = [[8, 9, 23, 24, 30], [5, 6, 7, 22, 31, 32], [8, 9, 33], [5, 6, 7, 20, 21]]
   full = full_logprobs(rows)
   got = jax.nn.log_softmax(model.logits(params, state.hidden))
@@ -244,7 +254,7 @@ class Oracle:
 
 @pytest.fixture(scope='module')
 def guided(model):
-  return Guided(model, STEPS, children=8, max_step=8, max_depth=3, rows=32, greedy_program=False)
+  return Guided(model, STEPS, children=8, max_step=8, max_depth=3, rows=64, greedy_program=False)
 
 
 def test_guided_descent_takes_what_the_oracle_likes(params, guided, full_logprobs):
@@ -313,25 +323,23 @@ def test_prm_scores_are_those_of_the_whole_row(model, params, guided):
       path, ids = path + list(taken), ids + [j] * len(taken)
 
 
-def test_greedy_program_is_written_by_one_row(model, params, full_logprobs):
-  # A model whose likeliest next token is always the terminal one.
-  loud = params | {'embed': params['embed'].at[TERMINAL].mul(60.0)}
-  start = [p for p in ([a, b] for a in range(5, 40) for b in range(5, 40))]
-  logits = full_logprobs  # the untouched model is used below only to draw prompts
-  del logits
-  guided = Guided(model, STEPS, children=4, max_step=8, max_program=6, rows=64)
-  state = prefill(model, loud, *pad(start[:400], 4))
-  likeliest = np.asarray(jnp.argmax(model.logits(loud, state.hidden), -1))
-  ready = [start[i] for i in np.flatnonzero(likeliest == TERMINAL)[:5]]
-  other = [start[i] for i in np.flatnonzero(likeliest != TERMINAL)[:3]]
-  assert ready and other
-  out = guided(loud, Oracle(), ready + other)
-  for descent in out.descents[: len(ready)]:
-    (choice,) = descent.choices
-    assert choice.greedy and len(choice.children) == 1
-    assert choice.children[0].tokens[0] == TERMINAL
-    assert descent.finished != choice.children[0].cut
-  assert all(not d.choices[0].greedy for d in out.descents[len(ready) :])
+def test_greedy_program_is_written_by_one_row(model, params):
+  loud = params | {'embed': params['embed'].at[TERMINAL].mul(8.0)}
+  prompts = [[a, b] for a in range(5, 13) for b in range(5, 9)]
+  state = prefill(model, loud, *pad(prompts, 4))
+  ready = np.asarray(jnp.argmax(model.logits(loud, state.hidden), -1)) == TERMINAL
+  assert ready.any() and not ready.all()
+  guided = Guided(model, STEPS, children=4, max_step=8, max_program=8, max_depth=2, rows=64)
+  out = guided(loud, Oracle(), prompts)
+  for now, descent in zip(ready, out.descents, strict=True):
+    assert descent.choices[0].greedy == now
+    last = descent.choices[-1]
+    if last.greedy:
+      assert len(last.children) == 1 and last.children[0].tokens[0] == TERMINAL
+      assert descent.finished != last.children[0].cut
+      assert not any(c.greedy for c in descent.choices[:-1])
+  with pytest.raises(ValueError, match='children=9'):
+    Guided(model, STEPS, children=9, rows=8)
 
 
 def judge(jobs):
@@ -339,7 +347,7 @@ def judge(jobs):
   out = []
   for _, path in jobs:
     even = sum(t % 2 == 0 for t in path) / len(path)
-    out.append(float('nan') if len(path) % 5 == 0 else even)
+    out.append(float('nan') if len(path) % 7 == 0 else even)
   return out
 
 
@@ -351,9 +359,10 @@ def search(sampler):
 def test_search_tree_holds_every_rollout(params, search):
   forest = search(params, PROMPTS[:4], judge, seed=2)
   assert len(forest.rollouts) <= 4 * 4 * 2
+  assert sum(not np.isnan(r.value) for r in forest.rollouts) > 8
   for b in range(4):
     returns = [r.value for r in forest.rollouts if r.problem == b and not np.isnan(r.value)]
-    assert forest.tree.visits[b, ROOT] == len(returns) > 0
+    assert forest.tree.visits[b, ROOT] == len(returns)
     np.testing.assert_allclose(forest.tree.value_sum[b, ROOT], sum(returns), atol=1e-5)
     assert forest.tree.size[b] == len(forest.paths[b])
     for node in range(1, len(forest.paths[b])):

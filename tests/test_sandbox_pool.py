@@ -33,14 +33,7 @@ def sandbox():
 def test_verdicts_come_in_order_with_times(sandbox):
   verdicts = sandbox.judge([RIGHT, WRONG] * 10)
   assert [v.status for v in verdicts] == [types.ACCEPTED, types.WRONG_ANSWER] * 10
-  assert all(0 < t.cpu_s < 0.5 and 0 < t.wall_s for v in verdicts for t in v.tests)
-  assert (
-    sandbox.submit(RIGHT).result()
-    == sandbox.submit(RIGHT)
-    .result()
-    .__class__(types.ACCEPTED, sandbox.submit(RIGHT).result().tests)
-    or True
-  )
+  assert all(0 < t.cpu_s < 0.5 and t.wall_s > 0 for v in verdicts for t in v.tests)
 
 
 def test_stderr_is_the_end_of_the_traceback(sandbox):
@@ -86,16 +79,17 @@ def test_the_caller_keeps_nothing(sandbox):
 
 
 def test_processes_end_with_the_pool():
+  def children():
+    tasks = Path(f'/proc/{os.getpid()}/task').iterdir()
+    return {pid for task in tasks for pid in (task / 'children').read_text().split()}
+
+  before = children()
   with Pool(1, LIMITS) as running:
-    children = Path(f'/proc/{os.getpid()}/task')
-    pids = {p for t in children.iterdir() for p in (t / 'children').read_text().split()}
-    started = [p for p in pids if 'sandbox.worker' in Path(f'/proc/{p}/cmdline').read_text()]
-    assert started
+    assert children() > before
     running.judge([RIGHT])
   with pytest.raises(SandboxError, match='closed'):
     running.submit(RIGHT)
-  alive = [p for p in started if Path(f'/proc/{p}').exists()]
-  assert not alive or all('sandbox' not in Path(f'/proc/{p}/cmdline').read_text() for p in alive)
+  assert children() == before
 
 
 def test_a_zygote_dies_with_its_caller():
@@ -142,7 +136,7 @@ def test_three_failures_mask_the_sample_and_many_stop_the_run():
     patch.setattr(pool, '_MASKED_AT_LEAST', 2)
     verdict = running.submit(WRONG).result()
     assert verdict.status == types.SANDBOX_FAILURE and verdict.masked and not verdict.tests
-    with pytest.raises(SandboxError, match='2 of 2 programs got no verdict.*made to fail'):
+    with pytest.raises(SandboxError, match=r'2 of 2 programs got no verdict.*made to fail'):
       running.judge([WRONG, RIGHT])
 
 
@@ -213,7 +207,7 @@ def test_a_wrong_canary_stops_the_pool(monkeypatch):
 def test_without_a_tier_the_pool_refuses_unless_told_in_words(monkeypatch):
   with pytest.raises(SandboxError, match='no tier of the sandbox'):
     Pool(1, LIMITS, tiers=())
-  with pytest.raises(ValueError, match='allow_unsafe=.yes. must be'):
+  with pytest.raises(ValueError, match=r'allow_unsafe=.yes. must be'):
     Pool(1, LIMITS, tiers=(), allow_unsafe='yes')
   with Pool(1, LIMITS, tiers=(), allow_unsafe=pool.ALLOW_UNSAFE) as running:
     assert running.tier == 'unsafe' and not running.layers
@@ -352,5 +346,5 @@ def test_a_service_judges_as_the_machine_does(service, sandbox):
 def test_a_service_that_fails_is_no_verdict(service):
   with Pool(1, LIMITS, url=service) as remote:
     assert remote.submit(Job('SERVICE_FAILS = 1', ECHO)).result().masked
-  with pytest.raises(SandboxError, match='does not start: .*does not answer'):
+  with pytest.raises(SandboxError, match=r'does not start: .*does not answer'):
     Pool(1, LIMITS, url='http://127.0.0.1:9')

@@ -135,16 +135,27 @@ class OptimConfig(Section):
 class TcgConfig(Section):
   """The test-case generator: SFT, then DPO on shuffled outputs."""
 
-  sft: OptimConfig = OptimConfig(lr=1e-3, steps=200, batch=64)
-  dpo: OptimConfig = OptimConfig(lr=1e-4, steps=60, batch=32)
+  sft: OptimConfig = OptimConfig(lr=1e-3, steps=120, batch=16)  # batch: packed rows
+  dpo: OptimConfig = OptimConfig(lr=1e-4, steps=40, batch=16)  # batch: pairs
   beta: Positive = 0.1
   nll: NonNegative = 1.0  # weight of the NLL of the chosen side; without it DPO collapses
   problems: Count = 500  # of the train split
-  tests_per_problem: Count = 3
+  draws: Count = 4  # test parts of three real cases, drawn for each problem
+  question_share: Share = 0.25  # of the parts that show the question without its program
+  row_tokens: Count = 256  # of a packed row; longer documents are left out
   max_tokens: Count = 192  # of one generated test part
-  samples: Count = 1  # test parts sampled for a problem
-  temperature: NonNegative = 0.7
+  samples: Count = 4  # test parts generated for a train problem
+  temperature: NonNegative = 0.7  # 0: greedy
+  min_tests: Count = 3  # confirmed tests of a problem that RL can use
+  max_tests: Count = 6  # kept for a problem
+  eval_problems: Count = 150  # of dev and of test, to measure quality on
   control: bool = True  # also train on the chosen side alone, for as many steps
+
+  def relations(self) -> Iterator[Relation]:
+    """What is kept is enough to be used."""
+    if self.min_tests > self.max_tests:
+      text = f'tcg.min_tests={self.min_tests} exceeds tcg.max_tests={self.max_tests}'
+      yield ('min_tests', 'max_tests'), f'{text}; use at most {self.max_tests}'
 
 
 class SearchConfig(Section):

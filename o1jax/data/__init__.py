@@ -1,0 +1,1 @@
+"""Problems, reasoning paths and roll-outs as token rows and batches."""

@@ -37,7 +37,9 @@ def pack(documents: Sequence[Document], length: int) -> TokenBatch:
   for document in documents:
     size = len(document.ids)
     if size > length:
-      raise ValueError(f'a document of {size} tokens does not fit rows of {length}; raise the length')
+      raise ValueError(
+        f'a document of {size} tokens does not fit rows of {length}; raise the length'
+      )
     for slot, (row, left) in enumerate(open_rows):
       if size <= left:
         rows[row].append(document)
@@ -58,7 +60,9 @@ def pad(documents: Sequence[Document], length: int) -> TokenBatch:
   """
   longest = max((len(d.ids) for d in documents), default=0)
   if longest > length:
-    raise ValueError(f'a document of {longest} tokens does not fit rows of {length}; raise the length')
+    raise ValueError(
+      f'a document of {longest} tokens does not fit rows of {length}; raise the length'
+    )
   return _fill([[d] for d in documents], length)
 
 

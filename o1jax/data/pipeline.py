@@ -48,7 +48,11 @@ def batches(tree, *, batch: int, seed: int) -> grain.MapDataset:
 
 
 def of_list(items: Sequence, *, seed: int) -> grain.MapDataset:
-  """Ready-made batches in shuffled order, repeated endlessly."""
+  """Ready-made batches in shuffled order, repeated endlessly; element `i` is batch `i`.
+
+  Raises:
+    ValueError: there are none.
+  """
   if not items:
     raise ValueError('no batches to train on: the stage before found nothing; see its log')
   return grain.MapDataset.source(items).seed(seed).shuffle().repeat()

@@ -26,6 +26,7 @@ class Node:
 
   @property
   def value(self) -> float:
+    """Mean return of the roll-outs through the prefix."""
     return self.value_sum / self.visits
 
 

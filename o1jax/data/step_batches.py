@@ -52,14 +52,16 @@ def step_batches(
 
   A node's label is its mean return (or whether it is > 0, if `hard`), its weight
   the root of its visits, split over the rows that pass through it. Paths that
-  do not fit `shape` are left out.
+  do not fit `shape` are left out; of the others at most `paths_per_problem` (and at most
+  `shape.rows`) are drawn, for the siblings of a problem share one batch.
   """
+  limit = min(paths_per_problem, shape.rows)
   groups = []
   for problem_id, tree in trees.items():
     paths = [p for p in tree.paths if len(p) <= shape.steps]
     paths = [p for p in paths if len(encoder.document(problems[problem_id], p).ids) <= shape.tokens]
-    if len(paths) > paths_per_problem:
-      paths = [paths[i] for i in rng.permutation(len(paths))[:paths_per_problem]]
+    if len(paths) > limit:
+      paths = [paths[i] for i in rng.permutation(len(paths))[:limit]]
     if paths:
       groups.append(_Group(problems[problem_id], paths, tree))
   batches, current, size = [], [], 0

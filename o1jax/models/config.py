@@ -86,7 +86,7 @@ class ModelConfig:
   qkv_bias: bool = False
   o_bias: bool = False
   qk_norm: bool = False
-  max_position: int = 2048  # tokens; recorded for the Hub, not enforced
+  max_position: int = 2048  # tokens; a position past it may give NaN
   sliding_window: int | None = None
   sliding_layers: tuple[bool, ...] = ()
   initializer_range: float = 0.02

@@ -1,10 +1,11 @@
 """Generation: cached decoding, the batch sampler, guided descent and tree search with roll-outs."""
 
 from o1jax.sampling.draw import GREEDY, SAMPLE, Drawing
-from o1jax.sampling.guided import Child, Choice, Descent, Descents, Guided, PrmScorer, StepIds
+from o1jax.sampling.guided import Child, Choice, Descent, Descents, Guided, StepIds
 from o1jax.sampling.keys import row_keys, stable_id
 from o1jax.sampling.mcts import Forest, Rollout, Search
 from o1jax.sampling.sampler import Sampler, Samples
+from o1jax.sampling.scorer import PrmScorer, Scorer
 
 __all__ = [
   'GREEDY',
@@ -20,6 +21,7 @@ __all__ = [
   'Rollout',
   'Sampler',
   'Samples',
+  'Scorer',
   'Search',
   'StepIds',
   'row_keys',

@@ -11,27 +11,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from o1jax.models.heads import StepHead
 from o1jax.models.transformer import Model, Params
-from o1jax.sampling.cache import DecodeState, extend, gather_rows, grow, prefill
+from o1jax.sampling.cache import DecodeState, prefill
 from o1jax.sampling.draw import GREEDY, SAMPLE, Drawing
-from o1jax.sampling.sampler import (
-  COLUMN_MULTIPLE,
-  Sampler,
-  Samples,
-  check_prompts,
-  length_batches,
-  pad_prompts,
-  round_up,
-)
-
-SHORTEST = 8  # steps are read padded to this or a higher power of two: a compiled chunk each
+from o1jax.sampling.sampler import Sampler, Samples, check_prompts, length_batches, pad_prompts
+from o1jax.sampling.scorer import Scorer, read_steps, with_room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,91 +39,6 @@ class StepIds:
   def is_terminal(self, step: Sequence[int]) -> bool:
     """Whether nothing follows this step: it is the program, or the document ends in it."""
     return step[0] == self.terminal or step[-1] == self.eos
-
-
-class Scorer(Protocol):
-  """Judges the next step of P problems, and reads the one that is taken. States are opaque."""
-
-  def start(self, tokens: np.ndarray, lengths: np.ndarray) -> Any:
-    """The state after prompts [P, T], padded on the right, of the given lengths [P]."""
-
-  def score(self, state: Any, slots: np.ndarray, steps: Sequence[Sequence[int]]) -> np.ndarray:
-    """Log-odds [n] of candidate steps; candidate i continues row slots[i] of the state."""
-
-  def advance(self, state: Any, steps: Sequence[Sequence[int]]) -> Any:
-    """The state after one more step (or none, if empty) of each of the P problems."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PrmScorer:
-  """A process reward model `{'trunk', 'head'}` with its own cache; reads new tokens only.
-
-  Candidates are read in chunks of at most `rows` of similar length.
-  """
-
-  model: Model
-  params: dict[str, Params]
-  rows: int = 128
-
-  def start(self, tokens: np.ndarray, lengths: np.ndarray) -> DecodeState:
-    """See `Scorer`."""
-    columns = round_up(tokens.shape[1] + SHORTEST, COLUMN_MULTIPLE)
-    return prefill(self.model, self.params['trunk'], tokens, lengths, columns=columns)
-
-  def score(
-    self, state: DecodeState, slots: np.ndarray, steps: Sequence[Sequence[int]]
-  ) -> np.ndarray:
-    """See `Scorer`."""
-    state = with_room(self.model, state, _padded(steps))
-    scores = np.zeros(len(steps), np.float32)
-    for chunk in length_batches(steps, self.rows):
-      tokens, mask = pad_steps([steps[i] for i in chunk], self.rows)
-      where = np.pad(np.asarray(slots)[chunk], (0, self.rows - len(chunk)))
-      got = _score_steps(self.model, self.params, state, where, tokens, mask)
-      scores[chunk] = np.asarray(got)[: len(chunk)]
-    return scores
-
-  def advance(self, state: DecodeState, steps: Sequence[Sequence[int]]) -> DecodeState:
-    """See `Scorer`."""
-    return read_steps(self.model, self.params['trunk'], state, steps)
-
-
-@functools.partial(jax.jit, static_argnames='model')
-def _score_steps(model: Model, params, state: DecodeState, slots, tokens, mask) -> jax.Array:
-  state = gather_rows(state, slots)
-  hidden, _ = extend(model, params['trunk'], state, tokens, mask)
-  embeddings = model.embed(params['trunk'], tokens)
-  return StepHead.apply_step(params['head'], state.hidden, hidden, embeddings, mask)
-
-
-def with_room(model: Model, state: DecodeState, new: int) -> DecodeState:
-  """The state with room for `new` more columns."""
-  needed = int(state.column) + new
-  if needed <= state.columns:
-    return state
-  return grow(model, state, columns=round_up(needed, COLUMN_MULTIPLE))
-
-
-def read_steps(
-  model: Model, params: Params, state: DecodeState, steps: Sequence[Sequence[int]]
-) -> DecodeState:
-  """The state after one step (or none, if empty) of every row; donates the one given."""
-  tokens, mask = pad_steps(steps, state.rows)
-  return extend(model, params, with_room(model, state, tokens.shape[1]), tokens, mask)[1]
-
-
-def pad_steps(steps: Sequence[Sequence[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
-  """Steps as (tokens [rows, t] int32, mask [rows, t] bool), t a power of two."""
-  width = _padded(steps)
-  tokens, mask = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
-  for row, step in enumerate(steps):
-    tokens[row, : len(step)] = step
-    mask[row, : len(step)] = True
-  return tokens, mask
-
-
-def _padded(steps: Sequence[Sequence[int]]) -> int:
-  return max(SHORTEST, 1 << (max(map(len, steps)) - 1).bit_length())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +99,9 @@ class Descents:
 class Guided:
   """Guided descent under fixed limits.
 
-  `children` is K; `max_step` and `max_program` are token limits of a step and
-  of a greedy program; `max_depth` the most steps of a path. With
+  `children` is K; `max_step` and `max_program` are token limits of a sampled
+  step (of sampled programs too) and of a greedy program; `max_depth` the most
+  steps of a path. With
   `greedy_program` the terminal step is written greedily, one candidate, as soon
   as it is the likeliest thing to come. `pick_temperature` above 0 picks a child
   with probability softmax(score / pick_temperature) instead of the best, so that
@@ -214,6 +119,10 @@ class Guided:
   score_program: bool = True
   pick_temperature: float = 0.0
   rows: int = 512
+
+  def __post_init__(self):
+    if not 1 <= self.children <= self.rows:
+      raise ValueError(f'children={self.children} must be in 1..rows={self.rows}; raise rows')
 
   def __call__(
     self,
@@ -239,7 +148,7 @@ class Guided:
     ids = ids.reshape(len(prompts), -1)
     descents: list[Descent | None] = [None] * len(prompts)
     costs = np.zeros(3, int)
-    for batch in length_batches(prompts, max(1, self.rows // self.children)):
+    for batch in length_batches(prompts, self.rows // self.children):
       run = _Batch(self, params, scorer, [prompts[i] for i in batch], seed, ids[batch])
       for i, descent in zip(batch, run.descend(), strict=True):
         descents[i] = descent
@@ -255,7 +164,7 @@ class _Batch:
     self.choices: list[list[Choice]] = [[] for _ in prompts]
     self.finished = [False] * len(prompts)
     self.generated = self.computed = 0
-    tokens, lengths = pad_prompts(prompts, max(1, rule.rows // rule.children))
+    tokens, lengths = pad_prompts(prompts, rule.rows // rule.children)
     self.scored = int(lengths[: len(prompts)].sum())
     self.state = prefill(rule.model, params, tokens, lengths)
     self.judge = scorer.start(tokens, lengths)

@@ -22,6 +22,7 @@ from o1jax.sampling.draw import SAMPLE, Drawing
 from o1jax.sampling.keys import row_keys
 
 PROMPT_MULTIPLE = 32  # prompt columns are padded to this: a compiled prefill each
+FEWEST = 8  # prompts are padded to this number or a higher power of two
 COLUMN_MULTIPLE = 64  # cache columns are padded to this: a compiled loop each
 SHRINK = 4  # a batch is compacted when at most one row in SHRINK is live ...
 SMALLEST = 32  # ... and the smaller one has at least this many rows: fewer gain nothing
@@ -111,10 +112,16 @@ class Sampler:
       ids: [n, P] non-negative ints that name each continuation's draws.
 
     Raises:
-      ValueError: the state has no room for `max_new` more columns.
+      ValueError: the state has no room for `max_new` more columns, or the model no positions.
     """
     if (room := state.columns - int(state.column)) < self.max_new:
       raise ValueError(f'max_new={self.max_new} but the state has room for {room}; grow it first')
+    longest, limit = int(np.asarray(state.position)[slots].max()), self.model.config.max_position
+    if longest + self.max_new > limit:
+      raise ValueError(
+        f'{longest} tokens and max_new={self.max_new} exceed max_position={limit} of the model; '
+        f'use max_new of at most {limit - longest}'
+      )
     count = len(slots)
     out = _empty(count, self.max_new)
     padding = self._size(count) - count
@@ -209,10 +216,10 @@ def length_batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list
 def pad_prompts(prompts: Sequence[Sequence[int]], largest: int) -> tuple[np.ndarray, np.ndarray]:
   """Prompts padded to a fixed shape: (tokens [P, T] int32, lengths [P] int32).
 
-  P is a power of two, or `largest` if that is less; T a multiple of
-  PROMPT_MULTIPLE. Padding rows are prompts of one token 0.
+  P is a power of two from FEWEST on, or `largest` if that is less; T a multiple
+  of PROMPT_MULTIPLE. Padding rows are prompts of one token 0.
   """
-  count = min(largest, 1 << (len(prompts) - 1).bit_length())
+  count = min(largest, max(FEWEST, 1 << (len(prompts) - 1).bit_length()))
   width = round_up(max(map(len, prompts)), PROMPT_MULTIPLE)
   tokens = np.zeros((count, width), np.int32)
   lengths = np.ones(count, np.int32)

@@ -61,6 +61,10 @@ def _mount() -> None:
   libc.mount('tmpfs', '/', 'tmpfs', 0)
 
 
+def _name_machine() -> None:
+  socket.sethostname(socket.gethostname())
+
+
 def _trace_zygote() -> None:
   libc.syscall(syscalls.numbers(syscalls.machine())['ptrace'], _SEIZE, os.getppid(), 0, 0)
 
@@ -132,6 +136,7 @@ def _unfiltered(request: dict) -> list[tuple[str, str, str, Callable[[], None]]]
     ('mount namespace', 'A', 'make a folder', _make_folder),
     ('network namespace', 'A', 'send on loopback', _send_on_loopback),
     ('capabilities', _ALL, 'mount', _mount),
+    ('capabilities', _ALL, 'name the machine', _name_machine),
     ('landlock', 'AB', 'write to a device', _open_for_writing),
     ('landlock', 'AB', 'read a file that is there', partial(_read, hidden)),
     ('landlock', 'AB', 'read the log of the kernel', partial(_read, '/dev/kmsg')),

@@ -128,7 +128,7 @@ def outcome_of(e: BaseException) -> tuple[int, bytes]:
   traceback = e.__traceback__
   while traceback is not None and traceback.tb_frame.f_code.co_filename != FILE:
     traceback = traceback.tb_next  # without the frames of this module
-  sys.__excepthook__(type(e), e, traceback)
+  sys.__excepthook__(type(e), e.with_traceback(traceback), traceback)
   return wire.ERROR, type(e).__name__.encode(errors='replace')
 
 
@@ -176,12 +176,15 @@ class Batch:
     self.limit = request['output_bytes']
     self.report = report
 
-  def _start_test(self, text: str, first: bool) -> None:
+  def _start_test(self, text: str, first: bool) -> bool:
+    """Makes ready for a test; False if its input is too long for a file of this process."""
     if self.entry_point is None:
+      data = text.encode(errors='surrogatepass')
       os.ftruncate(4, 0)
-      os.pwrite(4, text.encode(errors='surrogatepass'), 0)
+      if os.pwrite(4, data, 0) < len(data):
+        return False
     if first:
-      return
+      return True
     os.lseek(4, 0, os.SEEK_SET)
     os.ftruncate(5, 0)
     os.lseek(5, 0, os.SEEK_SET)
@@ -193,6 +196,7 @@ class Batch:
     sys.setrecursionlimit(1000)
     sys.argv = [FILE]
     open_streams()
+    return True
 
   def _end_test(self, kind: int, payload: bytes) -> tuple[int, bytes]:
     for thread in threading.enumerate():
@@ -210,7 +214,9 @@ class Batch:
   def run(self, code: types.CodeType) -> None:
     """Reports one record per test; stops where only a process of its own can tell."""
     for index, text in enumerate(self.inputs):
-      self._start_test(text, first=index == 0)
+      if not self._start_test(text, first=index == 0):
+        self.report.add(wire.BAIL, 0.0, 0.0, b'')
+        break
       cpu, wall = time.process_time(), time.monotonic()
       try:
         kind, payload = wire.OUTPUT, run_once(code, self.entry_point, text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from case import LITTLE_MEMORY, PATIENT, call, checked, stdio
+from case import DOUBLE, LITTLE_MEMORY, PATIENT, SORTED, call, checked, stdio
 
 from o1jax.types import TestCase
 
@@ -33,10 +33,13 @@ CASES = (
     class A:
       def __getattr__(self, name): return getattr(self, name)
     A().a
-  ''', limits=PATIENT),
+  ''', DOUBLE[:1], PATIENT),
   stdio('a crash', ERROR, 'import ctypes\nctypes.string_at(8)'),
   stdio('missing module', ERROR, 'import a_module_that_nobody_has'),
-  stdio('stops itself with a signal', ERROR, 'import os, signal\nos.kill(os.getpid(), signal.SIGKILL)'),
+  stdio('stops itself with a signal', ERROR, '''
+    import os, signal
+    os.kill(os.getpid(), signal.SIGKILL)
+  '''),
   stdio('aborts', ERROR, 'import os\nprint(2 * int(input()), flush=True)\nos.abort()'),
   stdio('uses up its descriptors', ERROR, 'import os\nwhile True: os.dup(1)'),
   stdio('closes its own descriptors', ERROR, 'import os\nos.closerange(0, 256)\nprint(1)'),
@@ -52,7 +55,11 @@ CASES = (
   stdio('one operation in C', TIME, 'print(len(str(3 ** 40_000_000)))'),
   stdio('a regular expression that explodes', TIME, 'import re\nre.match("(a+)+b", "a" * 64)'),
   stdio('sleeps for ever', TIME, 'import time\ntime.sleep(10 ** 6)'),
-  stdio('a deadlock', TIME, 'import threading\nlock = threading.Lock()\nlock.acquire()\nlock.acquire()'),
+  stdio('a deadlock', TIME, '''
+    import threading
+    lock = threading.Lock()
+    while True: lock.acquire()
+  '''),
   stdio('waits for a thread for ever', TIME, '''
     import threading
     threading.Thread(target=threading.Event().wait).start()
@@ -71,7 +78,7 @@ CASES = (
   '''),
   stdio('a list too long', MEMORY, 'x = [0] * 10 ** 9'),
   stdio('grows', MEMORY, 'x = []\nwhile True: x.append("y" * 10 ** 7)',
-        limits=LITTLE_MEMORY),
+        DOUBLE[:1], LITTLE_MEMORY),
   stdio('prints for ever', OUTPUT, 'while True: print("x" * 10 ** 5)'),
   call('wrong value', WRONG, 'def f(values): return values'),
   call('returns None', WRONG, 'def f(values): values.sort()'),
@@ -84,7 +91,8 @@ CASES = (
   call('not there', ERROR, 'def g(values): return sorted(values)'),
   call('not callable', ERROR, 'f = [1, 2, 3]'),
   call('wrong number of arguments', ERROR, 'def f(a, b): return a'),
-  call('a result too large', OUTPUT, 'def f(values): return "x" * 10 ** 8', limits=PATIENT),
+  call('a result too large', OUTPUT, 'def f(values): return "x" * 10 ** 8', SORTED[:1],
+       limits=PATIENT),
   call('wrong after the first test', WRONG, 'def f(values): return [1, 2, 3]'),
   checked('fails check', WRONG, 'def f(values): return values'),
   checked('fails one assert', WRONG, 'def f(n): return 1', 'assert f(1) == 1\nassert f(2) == 2'),

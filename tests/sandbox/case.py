@@ -48,7 +48,9 @@ class Case:
   @property
   def job(self) -> Job:
     code = textwrap.dedent(self.code)
-    return Job(code, () if self.test_code else self.tests, self.entry_point, self.test_code, self.limits)
+    return Job(
+      code, () if self.test_code else self.tests, self.entry_point, self.test_code, self.limits
+    )
 
 
 def stdio(name: str, expected: str, code: str, tests=DOUBLE, limits=None) -> Case:

@@ -172,7 +172,12 @@ CALLS = (
     class Two(IntEnum): TWO = 2
     def f(): return Two.TWO
   ''', (TestCase('[]', '2'),)),
-  call('floats', OK, 'def f(x): return [x / 3, float("inf")]', (TestCase('[1]', '[0.33333333, Infinity]'),)),
+  call(
+    'floats',
+    OK,
+    'def f(x): return [x / 3, float("inf")]',
+    (TestCase('[1]', '[0.33333333, Infinity]'),),
+  ),
   call('prints beside', OK, 'def f(values):\n  print(values)\n  return sorted(values)'),
   call('a main block', OK, '''
     def f(values): return sorted(values)

@@ -14,8 +14,8 @@ _DOCKER = (
   'mount_setattr bpf perf_event_open keyctl add_key request_key userfaultfd kexec_load '
   'init_module finit_module delete_module reboot swapon swapoff acct settimeofday quotactl '
   'open_by_handle_at io_uring_setup io_uring_enter io_uring_register'
-).split()
-_LANDLOCK = 'landlock_create_ruleset landlock_add_rule landlock_restrict_self'.split()
+)
+_LANDLOCK = 'landlock_create_ruleset landlock_add_rule landlock_restrict_self'
 
 
 def deny(what: list[str]) -> None:
@@ -24,11 +24,11 @@ def deny(what: list[str]) -> None:
   allow, eperm, enosys = 0x7FFF0000, seccomp.errno_action(1), seccomp.errno_action(38)
   rules: dict[str, int | bytes] = {}
   if 'docker' in what:
-    rules |= dict.fromkeys(_DOCKER, eperm)
+    rules |= dict.fromkeys(_DOCKER.split(), eperm)
     rules['clone3'] = enosys
     rules['clone'] = seccomp.when_arg(0, (0,), allow, eperm, mask=_NEW_NAMESPACES)
   if 'landlock' in what:
-    rules |= dict.fromkeys(_LANDLOCK, enosys)
+    rules |= dict.fromkeys(_LANDLOCK.split(), enosys)
   if 'seccomp' in what:
     rules['seccomp'] = eperm
     rules['prctl'] = seccomp.when_arg(0, (libc.PR_SET_SECCOMP,), eperm, allow)

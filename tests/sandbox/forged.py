@@ -5,7 +5,7 @@ from __future__ import annotations
 from case import call, checked, stdio
 
 WRONG, ERROR = 'wrong_answer', 'runtime_error'
-EQUAL = '''
+EQUAL = """
     class Equal:
       def __eq__(self, other): return True
       def __ne__(self, other): return False
@@ -13,7 +13,7 @@ EQUAL = '''
       def __len__(self): return 3
       def __getattr__(self, name): return lambda *a, **k: self
       def __call__(self, *a, **k): return self
-'''
+"""
 
 CASES = (
   stdio('prints a verdict', WRONG, 'print("accepted")\nprint(\'{"status": "accepted"}\')'),
@@ -104,7 +104,11 @@ CASES = (
     def f(values): return Run()
   '''),
   call('contains itself', WRONG, 'def f(values):\n  a = []\n  a.append(a)\n  return a'),
-  call('a dictionary that contains itself', WRONG, 'def f(values):\n  d = {}\n  d[0] = d\n  return d'),
+  call(
+    'a dictionary that contains itself',
+    WRONG,
+    'def f(values):\n  d = {}\n  d[0] = d\n  return d',
+  ),
   call('nested beyond measure', WRONG, '''
     def f(values):
       for _ in range(100_000): values = [values]

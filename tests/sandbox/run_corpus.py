@@ -1,7 +1,8 @@
 """Judges the corpus in one tier and prints, as JSON, the tier and every disagreement.
 
-`python run_corpus.py TIERS [DENY]`: TIERS as letters, strongest first; DENY as words: `docker`
-takes away what Docker's default filter denies, `landlock` and `seccomp` those layers.
+`PYTHONPATH=. python tests/sandbox/run_corpus.py TIERS [DENY]`: TIERS as letters, strongest
+first; DENY as words: `docker` takes away what Docker's default filter denies, `landlock` and
+`seccomp` those layers.
 """
 
 from __future__ import annotations
@@ -9,9 +10,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import broken
 import correct
@@ -32,13 +30,13 @@ CASES = (
   *hostile.FILES,
   *hostile.HUNTS,
 )
-LIMITS = Limits(cpu_s=0.4, timeouts=1)
+LIMITS = Limits(cpu_s=0.25, timeouts=1)
 
 
 def main(tiers: str, denied: list[str]) -> dict:
   if denied:
     deny.deny(denied)
-  with Pool(4, LIMITS, tiers=tuple(tiers)) as pool:
+  with Pool(6, LIMITS, tiers=tuple(tiers)) as pool:
     verdicts = pool.judge([case.job for case in CASES])
     tier, layers = pool.tier, pool.layers
   disagreements = [

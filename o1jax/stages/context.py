@@ -1,0 +1,103 @@
+"""What every stage is handed: the run's folder, its model, its problems, its sandbox."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from jax.sharding import Mesh
+
+from o1jax.config import Config
+from o1jax.data.paths import PathEncoder
+from o1jax.data.tokens import Tokenizer
+from o1jax.models.transformer import Model
+from o1jax.run import files
+from o1jax.run.metrics import Metrics
+from o1jax.run.progress import Progress
+from o1jax.run.store import Store
+from o1jax.stages.execute import Executor
+from o1jax.types import Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Workbench:
+  """Where a stage writes and how it shows what it does; enough to train on."""
+
+  store: Store
+  metrics: Metrics
+  progress: Progress
+  mesh: Mesh
+  log_every: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A whole run; immutable, passed to every stage."""
+
+  config: Config
+  bench: Workbench
+  tokenizer: Tokenizer
+  encoder: PathEncoder
+  model: Model
+  base: Any  # parameters of the base model
+  train: tuple[Problem, ...]
+  dev: tuple[Problem, ...]
+  test: tuple[Problem, ...]
+  executor: Executor
+  wanted: frozenset[str]  # names from --stages; the others must be finished already
+
+  @property
+  def row_tokens(self) -> int:
+    """Tokens of a row that holds one prompt and one path."""
+    return self.config.data.max_prompt_tokens + self.config.data.max_path_tokens
+
+  def stage(self, name: str, text: str, body: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of stage `name`, from its marker or by running `body`.
+
+    `name` is `kind` or `roundN/kind`. The result gains `seconds`, over all sessions
+    that worked on it.
+
+    Raises:
+      RuntimeError: the stage is not finished and was not asked for.
+    """
+    store = self.bench.store
+    done = store.done(name)
+    if done is not None:
+      self.bench.progress.say(f'{name}: done already')
+      return done
+    if name.rsplit('/', 1)[-1] not in self.wanted:
+      raise RuntimeError(f'stage {name} is not finished and not in --stages; add it or run all')
+    self.bench.progress.stage(name, text)
+    with timed() as clock:
+      result = body()
+    result = result | {'seconds': round(clock(), 2)}
+    store.finish(name, result)
+    shown = {k: v for k, v in result.items() if isinstance(v, int | float | str)}
+    told = ', '.join(
+      f'{k} {v:.3g}' if isinstance(v, float) else f'{k} {v}' for k, v in shown.items()
+    )
+    self.bench.progress.say(f'{name}: {told}')
+    return result
+
+  def seconds(self) -> dict[str, float]:
+    """Wall seconds of every finished stage."""
+    folder = self.bench.store.dir / 'stages'
+    found = {}
+    for marker in sorted(folder.rglob('done.json'), key=lambda path: path.stat().st_mtime):
+      name = marker.parent.relative_to(folder).as_posix()
+      found[name] = files.read_json(marker)['seconds']
+    return found
+
+  def write_summary(self, summary: dict[str, Any]) -> None:
+    """Writes `summary.json` into the run's folder, in one move."""
+    files.write_json(self.bench.store.dir / 'summary.json', summary)
+
+
+@contextmanager
+def timed() -> Iterator[Callable[[], float]]:
+  """Wall seconds since entry, by the yielded function."""
+  started = time.monotonic()
+  yield lambda: time.monotonic() - started

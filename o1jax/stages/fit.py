@@ -1,0 +1,100 @@
+"""The training loop of every stage: batches in, a trained state out, resumable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+
+from o1jax.config import OptimConfig
+from o1jax.learn.optim import make_optimizer
+from o1jax.learn.state import TrainState, init_state
+from o1jax.learn.update import LossFn, make_update
+from o1jax.parallel.sharding import batch_sharding, param_shardings, shard
+from o1jax.run.metrics import Lagged
+from o1jax.stages.context import Workbench
+
+# A run of batches that all blow up is a fault of the settings, not bad luck.
+_MAX_SKIPPED = 20
+
+
+def optimizer(config: OptimConfig):
+  """The optax optimiser that an `OptimConfig` describes."""
+  return make_optimizer(
+    config.lr,
+    steps=config.steps,
+    schedule=config.schedule,
+    warmup=config.warmup,
+    weight_decay=config.weight_decay,
+    clip=config.clip or None,
+  )
+
+
+def place(bench: Workbench, model, params: Any) -> Any:
+  """A fresh copy of `params` laid out over the mesh, safe to be donated."""
+  return jax.tree.map(jnp.copy, shard(params, param_shardings(bench.mesh, model, params)))
+
+
+def fit(
+  bench: Workbench,
+  stage: str,
+  name: str,
+  model,
+  params: Any,
+  loss_fn: LossFn,
+  data: grain.MapDataset,
+  config: OptimConfig,
+) -> tuple[Any, dict[str, float]]:
+  """Trains `params` for `config.steps` batches of `data`.
+
+  Batch i is a pure function of i, and the state is saved every
+  `run.checkpoint_every_s` seconds, so a killed stage goes on from its last save and
+  ends with the same parameters.
+
+  Args:
+    bench: where to write.
+    stage: the stage whose folder holds the checkpoints.
+    name: of this training within the stage, for checkpoints, metrics and the bar.
+    model: gives the parameters' logical axes.
+    params: start; copied, not donated.
+    loss_fn: see `learn.update`.
+    data: element i is batch i, a pytree of NumPy arrays with rows on axis 0.
+    config: optimiser, schedule, steps.
+
+  Returns:
+    The trained parameters and the last logged metrics.
+
+  Raises:
+    FloatingPointError: more than 20 batches gave a loss or gradient that is not finite.
+  """
+  tx = optimizer(config)
+  state: TrainState = init_state(place(bench, model, params), tx)
+  update = make_update(loss_fn, tx, accumulate=config.accumulate)
+  rows = batch_sharding(bench.mesh)
+  label = f'{stage}/{name}'
+  latest: dict[str, float] = {}
+
+  def emit(step: int, values: dict[str, float]) -> None:
+    latest.update(values)
+    bench.metrics.write(label, step, values)
+    if values['skipped'] > _MAX_SKIPPED:
+      raise FloatingPointError(f'{label}: {values["skipped"]:.0f} steps skipped; lower its lr')
+
+  with bench.store.checkpoints(stage, name) as saves:
+    found = saves.restore(state)
+    start = 0
+    if found is not None:
+      start, state, _ = found
+    bench.metrics.begin(label, after=start)
+    with Lagged(emit) as lagged, bench.progress.bar(label, config.steps, start) as bar:
+      for step in range(start, config.steps):
+        state, scalars = update(state, shard(data[step], rows))
+        if (step + 1) % bench.log_every == 0 or step + 1 == config.steps:
+          lagged.push(step + 1, scalars)
+          bar.update(step + 1, f'loss {latest["loss"]:.4f}' if latest else '')
+        if saves.due():
+          lagged.flush()
+          saves.save(step + 1, state)
+  return state.params, latest

@@ -1,0 +1,166 @@
+"""Step 4: the process reward model, trained on every roll-out as prefix trees."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from o1jax.batch import StepBatch
+from o1jax.data.pipeline import of_list
+from o1jax.data.prefix_tree import PrefixTree, by_problem
+from o1jax.data.step_batches import StepBatchShape, step_batches
+from o1jax.learn.objectives import prm_loss, step_scores
+from o1jax.models.heads import StepHead
+from o1jax.stages.context import Run
+from o1jax.stages.fit import fit
+from o1jax.types import Problem, Trajectory
+
+PAIRS = 128  # sibling pairs kept of one batch
+
+
+def batch_shape(run: Run) -> StepBatchShape:
+  """Shape of the PRM's batches under the run's limits."""
+  return StepBatchShape(
+    run.config.prm.optim.batch, run.row_tokens, run.config.search.depth_limit, PAIRS
+  )
+
+
+def initial(run: Run, policy: Any) -> Any:
+  """A PRM that starts from the policy's trunk with a zero head."""
+  return {'trunk': policy, 'head': StepHead.init(run.model.config)}
+
+
+def train_prm(run: Run, round_: int, policy: Any, found: Sequence[Trajectory]) -> Any:
+  """The PRM `{'trunk', 'head'}` of this round."""
+  name = f'round{round_}/prm'
+  store, config = run.bench.store, run.config.prm
+
+  def body() -> dict[str, Any]:
+    seed = run.config.run.seed * 1000 + round_
+    rng = np.random.default_rng(seed)
+    trees = by_problem(found)
+    problems = {p.id: p for p in run.train}
+    rows = step_batches(
+      trees,
+      problems,
+      run.encoder,
+      batch_shape(run),
+      rng=rng,
+      margin=config.pair_margin,
+      hard=config.labels == 'hard',
+    )
+    loss = prm_loss(
+      run.model,
+      pair_coef=config.pair_coef if config.mode != 'pointwise' else 0.0,
+      point_coef=0.0 if config.mode == 'pairwise' else 1.0,
+    )
+    start = initial(run, policy)
+    data = of_list(rows, seed=seed)
+    trained, last = fit(run.bench, name, 'prm', run.model, start, loss, data, config.optim)
+    store.save_params(name, 'prm', trained)
+    keys = ('loss', 'point_loss', 'pair_loss', 'pair_accuracy')
+    nodes = sum(len(t.nodes) for t in trees.values())
+    return {'trees': len(trees), 'nodes': nodes} | {k: last[k] for k in keys}
+
+  run.stage(name, 'process reward model on all roll-outs', body)
+  return store.load_params(name, 'prm')
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scores(model, params, batch: StepBatch) -> jax.Array:
+  return step_scores(model, StepHead, params, batch)
+
+
+def score_paths(
+  run: Run, prm: Any, problems: Sequence[Problem], paths: Sequence[tuple]
+) -> list[list[float]]:
+  """The PRM's log-odds of every step of every path; cut-off paths have fewer."""
+  shape = batch_shape(run)
+  out: list[list[float]] = []
+  for start in range(0, len(paths), shape.rows):
+    part = list(zip(problems, paths, strict=True))[start : start + shape.rows]
+    batch = _plain_batch(run, shape, part)
+    scores = np.asarray(_scores(run.model, prm, batch))
+    out += [scores[i, : len(path)].tolist() for i, (_, path) in enumerate(part)]
+  return out
+
+
+def _plain_batch(run: Run, shape: StepBatchShape, part) -> StepBatch:
+  """Rows without labels, to be scored."""
+  tokens = np.zeros((shape.rows, shape.tokens), np.int32)
+  step_ids, segments = np.zeros_like(tokens), np.zeros_like(tokens)
+  for row, (problem, path) in enumerate(part):
+    ids = list(run.encoder.prompt(problem))
+    for j, step in enumerate(path[: shape.steps], start=1):
+      new = run.encoder.step(step)
+      step_ids[row, len(ids) : len(ids) + len(new)] = j
+      ids += new
+    ids = ids[: shape.tokens]
+    tokens[row, : len(ids)] = ids
+    segments[row, : len(ids)] = 1
+  positions = np.broadcast_to(np.arange(shape.tokens, dtype=np.int32), tokens.shape).copy()
+  zeros = np.zeros((shape.rows, shape.steps), np.float32)
+  pairs = np.zeros((shape.pairs, 3), np.int32)
+  pair_weights = np.zeros(shape.pairs, np.float32)
+  return StepBatch(tokens, positions, segments, step_ids, zeros, zeros, pairs, pair_weights)
+
+
+def sibling_metrics(
+  run: Run,
+  prm: Any,
+  problems: Sequence[Problem],
+  trees: dict[str, PrefixTree],
+  logprobs: dict[tuple[str, tuple], float],
+) -> dict[str, float]:
+  """How well step scores order siblings of held-out trees, beside the policy's log-prob.
+
+  A step is good if a roll-out through it was accepted (mean return of 1 somewhere
+  below is not asked; its value is above every failing sibling's). AUC is over all
+  (good, bad) sibling pairs, ties count half; pair accuracy is over siblings whose
+  mean returns differ by more than `prm.pair_margin`.
+
+  Args:
+    run: the run.
+    prm: its parameters.
+    problems: whose trees are judged.
+    trees: by problem id; rewards there are 1 for accepted and 0 for anything else.
+    logprobs: (problem id, prefix) -> log-prob of the prefix's last step.
+  """
+  by_id = {p.id: p for p in problems}
+  where = [(i, path) for i, tree in trees.items() for path in tree.paths]
+  scored = score_paths(run, prm, [by_id[i] for i, _ in where], [path for _, path in where])
+  scores: dict[tuple[str, tuple], float] = {}
+  for (problem_id, path), values in zip(where, scored, strict=True):
+    scores |= {(problem_id, path[:j]): v for j, v in enumerate(values, start=1)}
+  margin = run.config.prm.pair_margin
+  wins = {'auc': [0.0, 0.0], 'pair': [0.0, 0.0]}
+  totals = {'auc': 0, 'pair': 0}
+  for problem_id, tree in trees.items():
+    for group in tree.sibling_groups():
+      for i, a in enumerate(group):
+        for b in group[i + 1 :]:
+          _count(problem_id, tree, a, b, scores, logprobs, margin, wins, totals)
+  return {
+    'sibling_auc': wins['auc'][0] / max(totals['auc'], 1),
+    'pair_accuracy': wins['pair'][0] / max(totals['pair'], 1),
+    'logprob_sibling_auc': wins['auc'][1] / max(totals['auc'], 1),
+    'logprob_pair_accuracy': wins['pair'][1] / max(totals['pair'], 1),
+    'pairs': totals['pair'],
+  }
+
+
+def _count(problem_id, tree, a, b, scores, logprobs, margin, wins, totals) -> None:
+  """Adds one sibling pair to the counts it belongs to."""
+  gap = tree.nodes[a].value - tree.nodes[b].value
+  good, bad = (a, b) if gap > 0 else (b, a)
+  better, worse = tree.nodes[good].value, tree.nodes[bad].value
+  kinds = (['auc'] if better > 0 and worse == 0 else []) + (['pair'] if abs(gap) > margin else [])
+  for kind in kinds:
+    totals[kind] += 1
+    for column, table in enumerate((scores, logprobs)):
+      x, y = table[problem_id, good], table[problem_id, bad]
+      wins[kind][column] += 1.0 if x > y else 0.5 if x == y else 0.0

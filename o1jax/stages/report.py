@@ -1,0 +1,182 @@
+"""The closing tables: what every policy, PRM and search is worth on the test split."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from o1jax.data.prefix_tree import by_problem
+from o1jax.sampling.draw import SAMPLE
+from o1jax.sampling.scorer import PrmScorer
+from o1jax.stages.context import Run
+from o1jax.stages.evaluate import Answers, answer, interval, name_ids, pass_at_1, sampler
+from o1jax.stages.prm import sibling_metrics
+from o1jax.stages.synthesis import guided
+from o1jax.types import Problem, Trajectory
+
+SEED = 77  # of the report's samples, the same for every policy
+PRM_PROBLEMS = 200  # held-out problems whose trees judge the PRM
+PRM_SAMPLES = 16  # roll-outs of each
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """A policy to report, by the name of what made it."""
+
+  stage: str
+  params: Any
+
+
+def policy_row(run: Run, candidate: Candidate) -> dict[str, Any]:
+  """Greedy and sampled pass@1 of one policy on the test split."""
+
+  def body() -> dict[str, Any]:
+    found = pass_at_1(run, candidate.params, run.test, seed=SEED)
+    kept = {k: v for k, v in found.items() if k != 'outcomes'}
+    greedy = found['outcomes']['greedy'].astype(int).tolist()
+    return {'stage': candidate.stage, **kept, 'n': len(run.test), 'greedy_outcomes': greedy}
+
+  return run.stage(f'test_{_flat(candidate.stage)}/report', 'pass@1 on the test split', body)
+
+
+def prm_row(run: Run, round_: int, policy: Any, prm: Any) -> dict[str, Any]:
+  """How the PRM of a round orders siblings of its policy's held-out roll-outs."""
+
+  def body() -> dict[str, Any]:
+    problems = run.test[:PRM_PROBLEMS]
+    trees, logprobs = held_out_trees(run, policy, problems)
+    return {'round': round_} | sibling_metrics(run, prm, problems, trees, logprobs)
+
+  return run.stage(f'prm_round{round_}/report', 'sibling order on the test split', body)
+
+
+def held_out_trees(run: Run, policy: Any, problems: Sequence[Problem]):
+  """Prefix trees of sampled paths (reward 1 for accepted, else 0), and step log-probs."""
+  prompts = [run.encoder.prompt(p) for p in problems]
+  draw = sampler(run, SAMPLE, run.config.eval.rows)
+  drawn = draw(policy, prompts, seed=SEED + 1, ids=name_ids(problems), samples=PRM_SAMPLES)
+  repeated = [p for p in problems for _ in range(PRM_SAMPLES)]
+  paths = [run.encoder.steps_of(drawn.ids(i)) for i in range(len(repeated))]
+  verdicts = run.executor.judge(repeated, paths)
+  limit = run.config.search.depth_limit
+  logprobs: dict[tuple[str, tuple], float] = {}
+  kept = []
+  for i, (problem, path, verdict) in enumerate(zip(repeated, paths, verdicts, strict=True)):
+    if verdict is None or verdict.masked or not path or len(path) > limit:
+      continue
+    kept.append(
+      Trajectory(problem.id, path, verdict=verdict, reward=float(verdict.status == 'accepted'))
+    )
+    ends = np.flatnonzero(drawn.tokens[i] == run.tokenizer.step_end_id)
+    start = 0
+    for j, end in enumerate(ends[: len(path)], start=1):
+      logprobs[problem.id, path[:j]] = float(drawn.logprobs[i, start : end + 1].sum())
+      start = end + 1
+    logprobs.setdefault((problem.id, path), float(drawn.logprobs[i, start:].sum()))
+  return by_problem(kept), logprobs
+
+
+def search_row(run: Run, candidate: Candidate, prm: Any) -> dict[str, Any]:
+  """Greedy, majority, log-prob best-of-n and PRM search at equal generated tokens.
+
+  The search's tokens set the budget: majority and best-of-n get as many samples as
+  fit, rounded up. Majority is over equal program texts, ties broken by log-prob.
+  """
+
+  def body() -> dict[str, Any]:
+    problems, config = run.test, run.config.eval
+    prompts = [run.encoder.prompt(p) for p in problems]
+    rule = guided(run, config.search_children)
+    found = rule(
+      candidate.params, PrmScorer(run.model, prm), prompts, seed=SEED + 2, ids=name_ids(problems)
+    )
+    paths = [run.encoder.steps_of(d.tokens) for d in found.descents]
+    verdicts = run.executor.judge(problems, paths)
+    searched = np.array([v is not None and v.status == 'accepted' for v in verdicts], float)
+    one = policy_row(run, candidate)
+    per_problem = found.generated / len(problems)
+    samples = max(1, int(np.ceil(per_problem / one['greedy_tokens'])))
+    drawn = answer(run, candidate.params, problems, SAMPLE, samples=samples, seed=SEED + 3)
+    majority, best = votes(drawn)
+    greedy = np.array(one['greedy_outcomes'], float)
+    rows = {'greedy': greedy, 'majority': majority, 'logprob': best, 'search_prm': searched}
+    means = {k: float(v.mean()) for k, v in rows.items()}
+    rival = max(('greedy', 'majority', 'logprob'), key=means.get)
+    lead = searched - rows[rival]
+    return {
+      'policy': candidate.stage,
+      'tokens_per_problem': per_problem,
+      'prm_tokens_per_problem': found.scored / len(problems),
+      'samples': samples,
+      **means,
+      'ci95': {k: interval(v, config.bootstrap) for k, v in rows.items()},
+      'lead_over_best': float(lead.mean()),
+      'lead_ci95': interval(lead, config.bootstrap),
+    }
+
+  return run.stage(f'search_{_flat(candidate.stage)}/report', 'test-time search', body)
+
+
+def votes(drawn: Answers) -> tuple[np.ndarray, np.ndarray]:
+  """Outcome of the majority answer and of the likeliest answer of each problem."""
+  majority, best = [], []
+  for row, paths in enumerate(drawn.paths):
+    counts = collections.Counter(path[-1:] for path in paths)
+    order = np.argsort(-drawn.logprobs[row], kind='stable')
+    best.append(drawn.accepted[row, order[0]])
+    top = max(order, key=lambda i: counts[paths[i][-1:]])
+    majority.append(drawn.accepted[row, top])
+  return np.array(majority, float), np.array(best, float)
+
+
+def show(run: Run, summary: dict[str, Any]) -> None:
+  """The tables on the terminal."""
+  progress = run.bench.progress
+
+  def ranged(row, key):
+    low, high = row['ci95'][key]
+    return f'{row[key]:.3f} [{low:.3f}, {high:.3f}]'
+
+  progress.table(
+    f'Policy, pass@1 on {len(run.test)} test problems (95 % bootstrap)',
+    ('after', 'greedy', 'sampled'),
+    [(r['stage'], ranged(r, 'greedy'), ranged(r, 'sampled')) for r in summary['policy']],
+  )
+  tcg_keys = ('stage', 'parse_rate', 'correct', 'n')
+  progress.table(
+    'Test-case generator', tcg_keys, [[r[k] for k in tcg_keys] for r in summary['tcg']]
+  )
+  prm_keys = (
+    'round',
+    'sibling_auc',
+    'logprob_sibling_auc',
+    'pair_accuracy',
+    'logprob_pair_accuracy',
+  )
+  progress.table(
+    'Process reward model, siblings within a problem',
+    prm_keys,
+    [[r[k] for k in prm_keys] for r in summary['prm']],
+  )
+  search_keys = (
+    'policy',
+    'tokens_per_problem',
+    'prm_tokens_per_problem',
+    'greedy',
+    'majority',
+    'logprob',
+    'search_prm',
+  )
+  progress.table(
+    'Test time, equal generated tokens (greedy: one path)',
+    search_keys,
+    [[r[k] for k in search_keys] for r in summary['search']],
+  )
+
+
+def _flat(stage: str) -> str:
+  return stage.replace('/', '_')

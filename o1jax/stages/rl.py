@@ -1,0 +1,275 @@
+"""Step 5: improve the policy on phi(R, r): PPO, group-relative PPO, or iterative DPO."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from o1jax import rewards
+from o1jax.batch import PairBatch, RolloutBatch, TokenBatch
+from o1jax.data import steps as steps_lib
+from o1jax.data import stepwise
+from o1jax.data.pack import pack
+from o1jax.data.pipeline import batches
+from o1jax.learn.logprobs import token_logprobs
+from o1jax.learn.objectives import dpo_loss, ppo_loss, sft_loss, value_on_policy
+from o1jax.learn.state import init_state
+from o1jax.learn.update import make_update
+from o1jax.losses import returns as returns_lib
+from o1jax.models.heads import ScalarHead
+from o1jax.parallel.sharding import batch_sharding, shard
+from o1jax.sampling.draw import Drawing
+from o1jax.stages.context import Run
+from o1jax.stages.evaluate import brief, name_ids, sampler
+from o1jax.stages.fit import fit, optimizer, place
+from o1jax.stages.policy_sft import verified_documents
+from o1jax.stages.rollouts import Rollouts, aggregate, roll_out, rollout_batch
+from o1jax.stages.synthesis import as_trajectories
+from o1jax.types import Problem, TestCase, Trajectory
+
+_KL = {'k1': returns_lib.kl_k1, 'k2': returns_lib.kl_k2, 'k3': returns_lib.kl_k3}
+
+
+def improve_policy(
+  run: Run,
+  round_: int,
+  policy: Any,
+  prm: Any,
+  tests: Mapping[str, tuple[TestCase, ...]],
+) -> tuple[Any, list[Trajectory]]:
+  """The policy after RL, and every rollout of it, judged by the problems' own tests."""
+  name = f'round{round_}/rl'
+  store = run.bench.store
+  chunks = store.chunks(name, 'trajectories')
+
+  def body() -> dict[str, Any]:
+    trained, last, tokens = _train(run, name, round_, policy, prm, tests, chunks)
+    store.save_params(name, 'policy', trained)
+    result = {'sampled_tokens': tokens, 'outcome': last['outcome'], 'phi': last['phi']}
+    return result | brief(run, trained, seed=run.config.run.seed * 1000 + round_)
+
+  run.stage(name, f'{run.config.rl.algorithm} on process and outcome rewards', body)
+  found = [stepwise.from_row(row) for row in chunks.rows()]
+  return store.load_params(name, 'policy'), found
+
+
+def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
+  config, bench = run.config.rl, run.bench
+  problems = [p for p in run.train if p.id in tests]
+  if len(problems) < config.problems:
+    raise ValueError(
+      f'rl.problems={config.problems}, but only {len(problems)} training problems have confirmed '
+      'tests; lower it, or raise tcg.samples'
+    )
+  loss_fn, start = _loss(run, policy)
+  tx = optimizer(config.optim)
+  state = init_state(start, tx)
+  update = make_update(loss_fn, tx)
+  label, last, tokens = f'{name}/policy', {}, 0
+  with bench.store.checkpoints(name, 'policy') as saves:
+    found = saves.restore(state)
+    begin = 0
+    if found is not None:
+      begin, state, meta = found
+      last, tokens = meta['last'], meta['tokens']
+    bench.metrics.begin(label, after=begin)
+    with bench.progress.bar(label, config.iterations, begin) as bar:
+      for iteration in range(begin, config.iterations):
+        seed = (run.config.run.seed * 1000 + round_) * 1000 + iteration
+        rng = np.random.default_rng(seed)
+        chosen = [problems[i] for i in rng.permutation(len(problems))[: config.problems]]
+        rollouts = roll_out(run, _policy_of(state.params), prm, chosen, tests, seed=seed)
+        alpha = alpha_at(run, iteration)
+        state, scalars = _learn(run, update, state, policy, rollouts, alpha, iteration, rng)
+        _record(run, chunks, iteration, rollouts, name, round_ * config.iterations + iteration)
+        tokens += rollouts.sampled_tokens
+        last = _summary(run, rollouts, alpha) | {k: float(v) for k, v in scalars.items()}
+        bench.metrics.write(label, iteration + 1, last)
+        bar.update(iteration + 1, f'outcome {last["outcome"]:.3f}')
+        saves.save(iteration + 1, state, {'last': last, 'tokens': tokens})
+  return _policy_of(state.params), last, tokens
+
+
+def alpha_at(run: Run, iteration: int) -> float:
+  """Weight of the outcome at an iteration, from `alpha_start` down to `alpha_end`."""
+  config = run.config.rl
+  span = config.alpha_start - config.alpha_end
+  end = max(config.iterations - 1, 1)
+  if config.alpha_schedule == 'linear':
+    return rewards.linear_alpha(iteration, config.alpha_start, config.alpha_end, span / end)
+  if config.alpha_schedule == 'log':
+    rate = span / float(np.log1p(end))
+    return rewards.logarithmic_alpha(iteration, config.alpha_start, config.alpha_end, rate)
+  return config.alpha_start
+
+
+def _loss(run: Run, policy: Any):
+  """The loss of the configured algorithm and what it trains."""
+  config = run.config.rl
+  start = place(run.bench, run.model, policy)
+  if config.algorithm == 'dpo':
+    return dpo_loss(run.model, config.beta, nll=config.nll), start
+  critic = config.algorithm == 'ppo'
+  loss = ppo_loss(
+    run.model,
+    clip_low=config.clip,
+    clip_high=config.clip,
+    negative_scale=config.negative_scale,
+    kl_coef=config.kl_coef,
+    kl=_KL[config.kl_estimator],
+    value_fn=value_on_policy if critic else None,
+    value_coef=config.value_coef,
+  )
+  head = shard(
+    ScalarHead.init(run.model.config),
+    jax.sharding.NamedSharding(run.bench.mesh, jax.sharding.PartitionSpec()),
+  )
+  return loss, {'policy': start, 'critic': head} if critic else start
+
+
+def _policy_of(params: Any) -> Any:
+  return params.get('policy', params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logprobs(model, params, tokens, positions, segments):
+  return token_logprobs(model, params, tokens, positions, segments)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _values(model, params, tokens, positions, segments):
+  hidden = model.hidden(params['policy'], tokens, positions, segments)
+  return value_on_policy(params['critic'], hidden, None)
+
+
+def _learn(run: Run, update, state, reference, rollouts: Rollouts, alpha, iteration, rng):
+  """All updates of one iteration; returns the state and the last metrics."""
+  config = run.config.rl
+  rows = batch_sharding(run.bench.mesh)
+  for batch in _minibatches(run, state, reference, rollouts, alpha, iteration, rng):
+    state, scalars = update(state, shard(batch, rows))
+  wanted = ('loss', 'grad_norm', 'skipped', 'clip_fraction', 'old_kl', 'accuracy', 'margin')
+  if config.algorithm != 'dpo':
+    wanted = (*wanted, 'policy_loss', 'kl', 'imitation')
+  return state, {k: scalars[k] for k in wanted if k in scalars}
+
+
+def _minibatches(run: Run, state, reference, rollouts: Rollouts, alpha, iteration, rng):
+  config = run.config.rl
+  size = config.minibatch
+  if config.algorithm == 'dpo':
+    whole = _pairs(run, reference, rollouts, alpha, config.rows // 2)
+    size = max(1, config.minibatch // 2)
+  else:
+    whole = _rollout_batch(run, state, reference, rollouts, alpha, iteration)
+  count = len(jax.tree.leaves(whole)[0])
+  for _ in range(config.epochs):
+    order = rng.permutation(count)
+    for start in range(0, count - size + 1, size):
+      picked = order[start : start + size]
+      yield jax.tree.map(lambda leaf, picked=picked: leaf[picked], whole)
+
+
+def _rollout_batch(
+  run: Run, state, reference, rollouts: Rollouts, alpha, iteration
+) -> RolloutBatch:
+  config = run.config.rl
+  zeros = np.zeros(rollouts.tokens.shape, np.float32)
+  plain = rollout_batch(run, rollouts, alpha, version=iteration, ref_logprobs=zeros, values=None)
+  views = (plain.tokens, plain.positions, plain.segments)
+  ref = np.asarray(_logprobs(run.model, reference, *views)) if config.kl_coef else zeros
+  if config.algorithm != 'ppo' and not config.kl_coef:
+    return plain
+  values = None
+  if config.algorithm == 'ppo':
+    values = np.asarray(_values(run.model, state.params, *views))
+  return rollout_batch(run, rollouts, alpha, version=iteration, ref_logprobs=ref, values=values)
+
+
+def _pairs(run: Run, reference, rollouts: Rollouts, alpha: float, limit: int) -> PairBatch:
+  """Best against worst path of each group by phi, padded by empty pairs to `limit`."""
+  group = run.config.rl.group
+  phi, _ = aggregate(run, rollouts, alpha)
+  chosen, rejected = [], []
+  for start in range(0, len(phi), group):
+    order = start + np.argsort(-phi[start : start + group], kind='stable')
+    for best, worst in zip(order[: group // 2], order[::-1][: group // 2], strict=True):
+      if rollouts.outcome[best] > rollouts.outcome[worst]:
+        chosen.append(best)
+        rejected.append(worst)
+  sides = []
+  for rows in (chosen[:limit], rejected[:limit]):
+    picked = np.zeros(limit, int)
+    picked[: len(rows)] = rows
+    real = (np.arange(limit) < len(rows))[:, None]
+    mask = rollouts.generated[picked] & real
+    width = mask.shape[1]
+    used = np.arange(width) <= (rollouts.generated[picked].cumsum(1).argmax(1))[:, None]
+    positions = np.broadcast_to(np.arange(width, dtype=np.int32), mask.shape).copy()
+    sides.append(
+      TokenBatch(rollouts.tokens[picked], positions, used.astype(np.int32), mask.astype(np.float32))
+    )
+  sums = [
+    np.asarray(_logprobs(run.model, reference, s.tokens, s.positions, s.segments) * s.loss_mask)
+    for s in sides
+  ]
+  return PairBatch(*sides, *[s.sum(axis=1).astype(np.float32) for s in sums])
+
+
+def _record(run: Run, chunks, iteration: int, rollouts: Rollouts, origin: str, version: int):
+  """Keeps the iteration's rollouts in the open format, judged by the problems' own tests."""
+  found = as_trajectories(run, rollouts.problems, rollouts.paths, origin=origin, version=version)
+  prompts = {p.id: steps_lib.prompt_of(p.statement) for p in rollouts.problems}
+  chunks.write(iteration, [stepwise.to_row(t, prompts[t.problem_id]) for t in found])
+
+
+def _summary(run: Run, rollouts: Rollouts, alpha: float) -> dict[str, float]:
+  phi, _ = aggregate(run, rollouts, alpha)
+  real = np.maximum(rollouts.mask.sum(), 1.0)
+  return {
+    'outcome': float(rollouts.outcome.mean()),
+    'phi': float(phi.mean()),
+    'process': float((rollouts.process * rollouts.mask).sum() / real),
+    'alpha': alpha,
+    'path_tokens': rollouts.sampled_tokens / len(rollouts.paths),
+    'masked': float((1.0 - rollouts.valid).sum()),
+  }
+
+
+def expert_iteration(
+  run: Run, policy: Any, found: Sequence[Trajectory], tokens: int, *, seed: int
+) -> Any:
+  """The control of round 0's RL: SFT on verified samples, with as many sampled tokens.
+
+  Samples come from the policy that RL started from; SFT starts from it too and also
+  sees the verified paths that its own SFT saw.
+  """
+  name = 'expert_iteration/rl'
+  store, config = run.bench.store, run.config
+
+  def body() -> dict[str, Any]:
+    each = max(1, round(tokens / (30 * len(run.train))))
+    drawn: list[Trajectory] = []
+    spent = 0
+    while spent < tokens:
+      draw = sampler(run, Drawing(config.rl.temperature), config.search.rows)
+      prompts = [run.encoder.prompt(p) for p in run.train]
+      batch = draw(policy, prompts, seed=seed + spent, ids=name_ids(run.train), samples=each)
+      spent += batch.generated
+      repeated: list[Problem] = [p for p in run.train for _ in range(each)]
+      paths = [run.encoder.steps_of(batch.ids(i)) for i in range(len(repeated))]
+      drawn += as_trajectories(run, repeated, paths, origin=name, version=0)
+    limit = config.policy_sft.max_paths_per_problem
+    documents = verified_documents(run, [*found, *drawn], limit=limit, seed=seed)
+    data = batches(pack(documents, run.row_tokens), batch=config.policy_sft.optim.batch, seed=seed)
+    optim = config.policy_sft.optim
+    trained, _ = fit(run.bench, name, 'sft', run.model, policy, sft_loss(run.model), data, optim)
+    store.save_params(name, 'policy', trained)
+    return {'sampled_tokens': spent} | brief(run, trained, seed=seed)
+
+  run.stage(name, 'control: SFT on verified samples, no RL', body)
+  return store.load_params(name, 'policy')

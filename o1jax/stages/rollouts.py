@@ -1,0 +1,164 @@
+"""Sampled groups of paths with rewards, as the batch that PPO reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from o1jax import rewards
+from o1jax.batch import RolloutBatch
+from o1jax.data.paths import step_ids_of
+from o1jax.losses import returns as returns_lib
+from o1jax.sampling.draw import Drawing
+from o1jax.stages.context import Run
+from o1jax.stages.evaluate import name_ids, sampler
+from o1jax.stages.prm import score_paths
+from o1jax.types import Problem, Step, TestCase
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+  """Groups of sampled paths: rows `i * group .. (i + 1) * group` answer problem i."""
+
+  problems: list[Problem]
+  paths: list[tuple[Step, ...]]
+  outcome: np.ndarray  # [B] float32, R by the TCG's tests
+  valid: np.ndarray  # [B] float32, 0 where the verdict says nothing
+  process: np.ndarray  # [B, M] float32, the PRM's r of each step
+  mask: np.ndarray  # [B, M] float32
+  tokens: np.ndarray  # [B, T] int32, prompt and path
+  generated: np.ndarray  # [B, T] bool
+  logprobs: np.ndarray  # [B, T] float32
+  step_ids: np.ndarray  # [B, T] int32
+  sampled_tokens: int
+
+
+def roll_out(
+  run: Run,
+  policy: Any,
+  prm: Any,
+  problems: Sequence[Problem],
+  tests: Mapping[str, tuple[TestCase, ...]],
+  *,
+  seed: int,
+) -> Rollouts:
+  """Samples `rl.group` paths of each problem, untruncated, and judges them."""
+  config = run.config.rl
+  prompts = [run.encoder.prompt(p) for p in problems]
+  draw = sampler(run, Drawing(config.temperature), run.config.search.rows)
+  drawn = draw(policy, prompts, seed=seed, ids=name_ids(problems), samples=config.group)
+  repeated = [p for p in problems for _ in range(config.group)]
+  paths = [run.encoder.steps_of(drawn.ids(i)) for i in range(len(repeated))]
+  verdicts = run.executor.judge(repeated, paths, [tests[p.id] for p in repeated])
+  rates = np.array([0.0 if v is None else v.pass_rate for v in verdicts], np.float32)
+  # A path that never ends is worth tau_fail: it must not pay to write on.
+  valid = np.array([v is None or not v.masked for v in verdicts], np.float32)
+  steps = run.config.search.depth_limit
+  process = np.zeros((len(paths), steps), np.float32)
+  mask = np.zeros_like(process)
+  for row, scores in enumerate(score_paths(run, prm, repeated, paths)):
+    process[row, : len(scores)] = 1.0 / (1.0 + np.exp(-np.asarray(scores)))
+    mask[row, : max(1, min(len(paths[row]), steps))] = 1.0
+  outcome = rewards.outcome(rates, config.tau_pass, config.tau_fail)
+  tokens, generated, logprobs = _rows(run, prompts, drawn)
+  step_ids = step_ids_of(tokens, generated, run.tokenizer.step_end_id)
+  return Rollouts(
+    repeated,
+    paths,
+    outcome.astype(np.float32),
+    valid,
+    process,
+    mask,
+    tokens,
+    generated,
+    logprobs,
+    np.minimum(step_ids, steps),
+    drawn.generated,
+  )
+
+
+def _rows(run: Run, prompts, drawn):
+  count, width = len(drawn.lengths), run.row_tokens
+  tokens = np.zeros((count, width), np.int32)
+  generated = np.zeros((count, width), bool)
+  logprobs = np.zeros((count, width), np.float32)
+  group = count // len(prompts)
+  for row in range(count):
+    prompt, length = prompts[row // group], int(drawn.lengths[row])
+    start = len(prompt)
+    tokens[row, :start] = prompt
+    tokens[row, start : start + length] = drawn.tokens[row, :length]
+    generated[row, start : start + length] = True
+    logprobs[row, start : start + length] = drawn.logprobs[row, :length]
+  return tokens, generated, logprobs
+
+
+def aggregate(run: Run, rollouts: Rollouts, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+  """phi of each path [B] and its additive step rewards [B, M]."""
+  gamma = run.config.rl.gamma
+  args = (rollouts.outcome, rollouts.process, rollouts.mask, alpha, gamma)
+  return rewards.phi(*args), rewards.step_rewards(*args)
+
+
+@jax.jit
+def _group_advantages(step_rewards, mask, step_ids):
+  """[P, G, M] step rewards -> [P, G, T] advantages relative to the group."""
+  togo = jax.vmap(jax.vmap(lambda r, m: returns_lib.returns_to_go(r, m)))(step_rewards, mask)
+  advantages = jax.vmap(returns_lib.group_step_advantages)(togo, mask)
+  return jax.vmap(jax.vmap(returns_lib.to_tokens))(advantages, step_ids)
+
+
+@jax.jit
+def _gae(step_rewards, step_ids, values, mask, lam):
+  """Token-level GAE: [B, M], [B, T], [B, T], [B, T] -> [B, T]."""
+  per_token = jax.vmap(returns_lib.at_last_token)(step_rewards, step_ids)
+  run = lambda r, v, m: returns_lib.gae(r, v, m, 1.0, lam)  # noqa: E731
+  return jax.vmap(run)(per_token, values, mask)
+
+
+def rollout_batch(
+  run: Run,
+  rollouts: Rollouts,
+  alpha: float,
+  *,
+  version: int,
+  ref_logprobs: np.ndarray,
+  values: np.ndarray | None,
+) -> RolloutBatch:
+  """The batch of one iteration; with `values` [B, T] by GAE, else relative to the group."""
+  config = run.config.rl
+  _, step_rewards = aggregate(run, rollouts, alpha)
+  mask = rollouts.generated.astype(np.float32) * rollouts.valid[:, None]
+  if values is None:
+    shape = (-1, config.group)
+    valid_steps = rollouts.mask * rollouts.valid[:, None]
+    grouped = [
+      x.reshape(*shape, x.shape[-1]) for x in (step_rewards, valid_steps, rollouts.step_ids)
+    ]
+    advantages = np.asarray(_group_advantages(*map(jnp.asarray, grouped))).reshape(mask.shape)
+    values = np.zeros_like(mask)
+  else:
+    values = values * mask
+    advantages = np.asarray(_gae(step_rewards, rollouts.step_ids, values, mask, config.gae_lambda))
+  positions = np.broadcast_to(np.arange(mask.shape[1], dtype=np.int32), mask.shape).copy()
+  used = np.arange(mask.shape[1])[None] < (rollouts.generated.cumsum(1).argmax(1) + 1)[:, None]
+  solved = rollouts.outcome >= config.tau_pass
+  return RolloutBatch(
+    tokens=rollouts.tokens,
+    positions=positions,
+    segments=used.astype(np.int32),
+    step_ids=rollouts.step_ids,
+    mask=mask,
+    old_logprobs=rollouts.logprobs * mask,
+    ref_logprobs=ref_logprobs * mask,
+    old_values=values.astype(np.float32),
+    advantages=(advantages * mask).astype(np.float32),
+    returns=((advantages + values) * mask).astype(np.float32),
+    imitate=(config.imitation_coef * solved).astype(np.float32),
+    version=np.full(len(mask), version, np.int32),
+  )

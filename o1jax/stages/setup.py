@@ -1,0 +1,192 @@
+"""From a config to a `Run`, with everything checked before the first step."""
+
+from __future__ import annotations
+
+import importlib.resources
+import pathlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import jax
+import psutil
+
+from o1jax.config import Config, ConfigError
+from o1jax.data.paths import PathEncoder
+from o1jax.data.problems import load_split
+from o1jax.data.tokens import Tokenizer
+from o1jax.models import hf
+from o1jax.models.transformer import Model
+from o1jax.parallel.mesh import make_mesh
+from o1jax.parallel.sharding import batch_sharding, param_shardings
+from o1jax.run.metrics import Metrics
+from o1jax.run.progress import Progress
+from o1jax.run.store import Store, check_folder
+from o1jax.sandbox.pool import ALLOW_UNSAFE, Pool
+from o1jax.sandbox.protocol import Limits, SandboxError
+from o1jax.stages.context import Run, Workbench
+from o1jax.stages.execute import Executor
+from o1jax.types import Problem
+
+
+def model_folder(config: Config) -> pathlib.Path:
+  """The Hub folder of the base model."""
+  if config.model.path == 'embedded':
+    return pathlib.Path(str(importlib.resources.files('o1jax') / 'base_model'))
+  return pathlib.Path(config.model.path)
+
+
+@contextmanager
+def opened(config: Config, wanted: Sequence[str], force: bool = False) -> Iterator[Run]:
+  """A run that is ready for its first stage; closes files and sandbox at the end.
+
+  Raises:
+    ConfigError: with every fault of model, mesh, batches, problems and sandbox.
+  """
+  mesh, model, tokenizer = _checked(config)
+  with (
+    Store(config, force) as store,
+    Metrics(store.dir, config.metrics.tensorboard) as metrics,
+    _pool(config) as pool,
+  ):
+    bench = Workbench(store, metrics, Progress(), mesh, config.run.log_every)
+    _, base = hf.load(model_folder(config))
+    splits = {name: _split(config, name) for name in ('train', 'dev', 'test')}
+    encoder = PathEncoder(tokenizer)
+    _check_prompts(config, encoder, splits)
+    bench.progress.say(
+      f'sandbox tier {pool.tier}; {jax.device_count()} {jax.default_backend()} device'
+    )
+    yield Run(
+      config,
+      bench,
+      tokenizer,
+      encoder,
+      model,
+      base,
+      **splits,
+      executor=Executor(pool),
+      wanted=frozenset(wanted) | ({'tcg_tests'} if 'tcg' in wanted else set()),
+    )
+
+
+def dry_run(config: Config, force: bool = False) -> None:
+  """Checks files, shapes, memory and the sandbox, says what it found, and does nothing."""
+  check_folder(config, force)
+  mesh, model, tokenizer = _checked(config)
+  splits = {name: _split(config, name) for name in ('dev',)}
+  _check_prompts(config, PathEncoder(tokenizer), splits)
+  progress = Progress()
+  with _pool(config) as pool:
+    shapes = jax.tree.leaves(model.shapes())
+    progress.say(f'model: {sum(x.size for x in shapes):,} parameters, {model.config.architecture}')
+    progress.say(f'mesh: {dict(mesh.shape)} of {jax.device_count()} {jax.default_backend()}')
+    progress.say(f'largest step: about {step_bytes(config, model) / 2**20:.0f} MiB')
+    progress.say(f'sandbox: tier {pool.tier}, {", ".join(pool.layers)}')
+    progress.say('dry run: all checks passed, nothing was written')
+
+
+def step_bytes(config: Config, model: Model) -> int:
+  """Rough bytes of the largest training step: state, activations and logits in float32."""
+  arch = model.config
+  weights = sum(x.size for x in jax.tree.leaves(model.shapes())) * 4
+  tokens = (config.data.max_prompt_tokens + config.data.max_path_tokens) * max(
+    config.policy_sft.optim.batch // config.policy_sft.optim.accumulate,
+    config.prm.optim.batch // config.prm.optim.accumulate,
+    config.rl.minibatch,
+  )
+  width = 14 * arch.hidden_size + 4 * arch.intermediate_size
+  activations = tokens * arch.num_layers * width * 4
+  logits = min(tokens * arch.vocab_size * 4, 64 << 20) * 3
+  return 4 * weights + activations + logits
+
+
+def _checked(config: Config):
+  """Mesh, model and tokenizer; all faults of the three in one error."""
+  faults: list[str] = []
+  mesh = model = tokenizer = None
+  folder = model_folder(config)
+  try:
+    model = hf.read_model(folder)
+    tokenizer = Tokenizer(folder)
+    _ = tokenizer.step_end_id, tokenizer.action_ids
+  except (ValueError, OSError) as error:
+    faults.append(f'model.path={config.model.path!r}: {error}')
+  try:
+    mesh = make_mesh(config.mesh.model_dump())
+  except ValueError as error:
+    faults.append(str(error))
+  if mesh is not None:
+    faults += _undivided(config, mesh)
+  if mesh is not None and model is not None:
+    try:
+      param_shardings(mesh, model, model.shapes())
+    except ValueError as error:
+      faults.append(str(error))
+    faults += _too_large(config, model, mesh)
+  if faults:
+    raise ConfigError('run', faults)
+  return mesh, model, tokenizer
+
+
+def _undivided(config: Config, mesh) -> list[str]:
+  sizes = {
+    'policy_sft.optim': config.policy_sft.optim.batch,
+    'prm.optim': config.prm.optim.batch,
+    'tcg.sft': config.tcg.sft.batch,
+    'tcg.dpo': config.tcg.dpo.batch,
+    'rl.minibatch': config.rl.minibatch,
+  }
+  faults = []
+  for key, size in sizes.items():
+    try:
+      batch_sharding(mesh, size)
+    except ValueError as error:
+      faults.append(f'{key}: {error}')
+  return faults
+
+
+def _too_large(config: Config, model: Model, mesh) -> list[str]:
+  if jax.default_backend() != 'cpu':
+    return []  # device memory is the compiler's to judge
+  need, there = step_bytes(config, model), psutil.virtual_memory().available
+  if need <= there:
+    return []
+  return [
+    f'the largest training step needs about {need / 2**30:.1f} GiB, {there / 2**30:.1f} GiB are '
+    'free; lower policy_sft.optim.batch, prm.optim.batch or rl.minibatch, or raise accumulate'
+  ]
+
+
+def _split(config: Config, name: str) -> tuple[Problem, ...]:
+  count = getattr(config.data, f'{name}_problems')
+  try:
+    return load_split(config.data.source, name, count, seed=0)
+  except (ValueError, OSError) as error:
+    raise ConfigError('data', [str(error)]) from None
+
+
+def _check_prompts(config: Config, encoder: PathEncoder, splits) -> None:
+  limit = config.data.max_prompt_tokens
+  for name, problems in splits.items():
+    try:
+      longest = max(len(encoder.prompt(p)) for p in problems)
+    except ValueError as error:
+      raise ConfigError('data', [f'{name}: {error}']) from None
+    if longest > limit:
+      text = f'data.max_prompt_tokens={limit}, but a {name} prompt has {longest}; use {longest}'
+      raise ConfigError('data', [text])
+
+
+def _pool(config: Config) -> Pool:
+  section = config.sandbox
+  limits = Limits(
+    cpu_s=section.cpu_s,
+    wall_factor=section.wall_factor,
+    memory_bytes=section.memory_mb << 20,
+    output_bytes=section.output_kb << 10,
+  )
+  unsafe = ALLOW_UNSAFE if section.allow_unsafe else ''
+  try:
+    return Pool(section.workers, limits, allow_unsafe=unsafe, url=section.url or '')
+  except (SandboxError, ValueError) as error:
+    raise ConfigError('sandbox', [str(error)]) from None

@@ -1,0 +1,201 @@
+"""Steps 2 and 6: reasoning data by tree search, judged by executed programs.
+
+Round 0 has no process reward model: UCT over sampled steps with roll-outs to the
+end. Later rounds descend with the PRM, which a prototype found to solve 1.7 times
+as many problems as sampling at equal tokens, where plain UCT equalled sampling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from o1jax import rewards, search
+from o1jax.data import steps as steps_lib
+from o1jax.data import stepwise
+from o1jax.data.prefix_tree import by_problem
+from o1jax.sampling.draw import SAMPLE, Drawing
+from o1jax.sampling.guided import Guided
+from o1jax.sampling.mcts import Search
+from o1jax.sampling.scorer import PrmScorer
+from o1jax.stages.context import Run
+from o1jax.stages.evaluate import answer, name_ids, sampler, step_ids
+from o1jax.types import Problem, Step, Trajectory, Verdict
+
+CHUNK = 100  # problems searched between two saves
+
+
+def drawing(run: Run) -> Drawing:
+  """How search samples steps."""
+  config = run.config.search
+  return Drawing(
+    config.temperature, config.top_k or None, None if config.top_p == 1 else config.top_p
+  )
+
+
+def reward_of(run: Run, verdict: Verdict | None) -> float | None:
+  """Terminal reward of a verdict; None for cut-off or masked paths."""
+  if verdict is None or verdict.masked:
+    return None
+  weight = run.config.search.compile_weight
+  return rewards.terminal_reward(verdict.compiled, verdict.pass_rate, weight)
+
+
+def as_trajectories(
+  run: Run,
+  problems: Sequence[Problem],
+  paths: Sequence[tuple[Step, ...]],
+  *,
+  origin: str,
+  version: int,
+) -> list[Trajectory]:
+  """Judged paths with the values of their own prefix trees."""
+  verdicts = run.executor.judge(problems, paths)
+  plain = [
+    Trajectory(
+      problem.id,
+      path,
+      verdict=verdict,
+      reward=reward_of(run, verdict),
+      policy_version=version,
+      origin=origin,
+    )
+    for problem, path, verdict in zip(problems, paths, verdicts, strict=True)
+    if path
+  ]
+  trees = by_problem(plain)
+  return [trees[t.problem_id].valued(t) for t in plain]
+
+
+def synthesize(run: Run, round_: int, policy: Any, prm: Any | None) -> list[Trajectory]:
+  """Searches every training problem; returns all roll-outs, good and bad.
+
+  They are kept as stepwise-supervision JSONL in the stage's folder, a file a chunk.
+  """
+  name = f'round{round_}/synthesis'
+  chunks = run.bench.store.chunks(name, 'trajectories')
+  find = _uct(run, policy) if prm is None else _guided(run, policy, prm)
+
+  def body() -> dict[str, Any]:
+    parts = [run.train[i : i + CHUNK] for i in range(0, len(run.train), CHUNK)]
+    done = chunks.done()
+    with run.bench.progress.bar(name, len(parts), len(done)) as bar:
+      for index, part in enumerate(parts):
+        if index in done:
+          continue
+        seed = run.config.run.seed * 1000 + round_
+        problems, paths, generated = find(part, seed)
+        found = as_trajectories(run, problems, paths, origin=name, version=round_)
+        by_id = {p.id: steps_lib.prompt_of(p.statement) for p in part}
+        rows = [stepwise.to_row(t, by_id[t.problem_id]) for t in found]
+        chunks.write(index, [r | {'chunk_tokens': generated} for r in rows])
+        bar.update(index + 1)
+    return _summary(run, round_, policy, chunks, prm)
+
+  run.stage(name, 'UCT search' if prm is None else 'descent guided by the PRM', body)
+  return [stepwise.from_row(row) for row in chunks.rows()]
+
+
+def _summary(run: Run, round_: int, policy: Any, chunks, prm) -> dict[str, Any]:
+  rows = list(chunks.rows())
+  solved = {r['problem_id'] for r in rows if r['status'] == 'accepted'}
+  tokens = sum({r['problem_id']: r['chunk_tokens'] for r in rows}.values()) / CHUNK
+  result = {
+    'trajectories': len(rows),
+    'problems': len(run.train),
+    'solved': len(solved),
+    'tokens': int(tokens),
+  }
+  if prm is not None and run.config.eval.sampling_control:
+    result |= _sampling_control(run, round_, policy, tokens)
+  return result
+
+
+def _sampling_control(run: Run, round_: int, policy: Any, tokens: float) -> dict[str, Any]:
+  """Plain sampling of the same problems with the same number of tokens."""
+  seed = run.config.run.seed * 1000 + round_ + 500
+  probe = answer(run, policy, run.train[:100], SAMPLE, samples=1, seed=seed)
+  each = probe.generated / len(probe.paths)
+  samples = max(1, round(tokens / len(run.train) / each))
+  drawn = answer(run, policy, run.train, SAMPLE, samples=samples, seed=seed)
+  return {
+    'sampling_solved': int(drawn.accepted.max(axis=1).sum()),
+    'sampling_tokens': drawn.generated,
+    'sampling_each': samples,
+  }
+
+
+# problems, seed -> (problem of each path, path, tokens generated)
+Find = Callable[[Sequence[Problem], int], tuple[list[Problem], list[tuple[Step, ...]], int]]
+
+_SCHEDULES = {
+  'constant': search.constant,
+  'linear': search.linear,
+  'exponential': search.exponential,
+}
+
+
+def _uct(run: Run, policy: Any) -> Find:
+  config = run.config.search
+  mcts = Search(
+    sampler(run, drawing(run), config.rows),
+    step_ids(run),
+    width=config.children,
+    simulations=math.ceil(config.simulations / config.children),
+    max_depth=config.depth_limit,
+    rule=search.uct,
+    c=config.c,
+    schedule=_SCHEDULES[config.c_schedule],
+  )
+
+  def find(part: Sequence[Problem], seed: int):
+    def evaluate(new: Sequence[tuple[int, tuple[int, ...]]]) -> list[float]:
+      paths = [run.encoder.steps_of(tokens) for _, tokens in new]
+      verdicts = run.executor.judge([part[i] for i, _ in new], paths)
+      values = [reward_of(run, v) for v in verdicts]
+      return [math.nan if v is None else v for v in values]
+
+    prompts = [run.encoder.prompt(p) for p in part]
+    forest = mcts(policy, prompts, evaluate, seed=seed, ids=name_ids(part))
+    problems = [part[r.problem] for r in forest.rollouts]
+    paths = [run.encoder.steps_of(r.path) for r in forest.rollouts]
+    return problems, paths, forest.generated
+
+  return find
+
+
+def guided(run: Run, children: int, pick_temperature: float = 0.0) -> Guided:
+  """Guided descent under the run's limits."""
+  return Guided(
+    run.model,
+    step_ids(run),
+    how=drawing(run),
+    children=children,
+    max_step=24,
+    max_program=run.config.data.max_path_tokens,
+    max_depth=run.config.search.depth_limit,
+    pick_temperature=pick_temperature,
+    score_program=False,
+    rows=run.config.search.rows,
+  )
+
+
+def _guided(run: Run, policy: Any, prm: Any) -> Find:
+  config = run.config.search
+  # Log-odds of good and bad steps lie several apart: 0.5 explores near ties only.
+  rule = guided(run, config.guided_children, pick_temperature=0.5)
+  scorer = PrmScorer(run.model, prm)
+
+  def find(part: Sequence[Problem], seed: int):
+    repeated = [p for p in part for _ in range(config.guided_descents)]
+    attempts = np.tile(np.arange(config.guided_descents, dtype=np.uint32), len(part))
+    ids = np.column_stack([name_ids(repeated), attempts])
+    prompts = [run.encoder.prompt(p) for p in repeated]
+    descents = rule(policy, scorer, prompts, seed=seed, ids=ids)
+    paths = [run.encoder.steps_of(d.tokens) for d in descents.descents]
+    return repeated, paths, descents.generated
+
+  return find

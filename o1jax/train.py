@@ -1,0 +1,93 @@
+"""The whole method in one command: six steps, round after round.
+
+    python -m o1jax.train --config configs/quickstart.yaml
+
+O1-CODER (Zhang et al. 2024, arXiv 2412.00154), Algorithm 1. `loop` below is the way
+of one problem; each call is a stage that resumes where it was killed.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from typing import Any
+
+from o1jax import cli
+
+
+def loop(run) -> dict[str, Any]:
+  """Trains through all rounds and returns the summary of the run."""
+  from o1jax.stages.policy_sft import finetune_policy
+  from o1jax.stages.prm import train_prm
+  from o1jax.stages.report import Candidate, policy_row, prm_row, search_row
+  from o1jax.stages.rl import expert_iteration, improve_policy
+  from o1jax.stages.synthesis import synthesize
+  from o1jax.stages.tcg import tcg_table, train_tcg, write_tests
+
+  policy, prm, found = run.base, None, []
+  policies, prms = [Candidate('base', policy)], []
+  tcg = train_tcg(run)  # step 1: a model that writes test cases
+  tests = write_tests(run, tcg)  # and what it writes, confirmed by the references
+  for round_ in range(run.config.run.rounds):
+    found += synthesize(run, round_, policy, prm)  # steps 2 and 6: search, execute
+    policy = finetune_policy(run, round_, policy, found)  # step 3: learn verified paths
+    policies.append(Candidate(f'round{round_}/sft', policy))
+    prm = train_prm(run, round_, policy, found)  # step 4: learn to judge a step
+    prms.append((policy, prm))
+    before, known = policy, list(found)
+    policy, rollouts = improve_policy(run, round_, policy, prm, tests)  # step 5
+    policies.append(Candidate(f'round{round_}/rl', policy))
+    found += rollouts
+    if round_ == 0 and run.config.rl.control:
+      spent = run.bench.store.done('round0/rl')['sampled_tokens']
+      seed = run.config.run.seed
+      control = expert_iteration(run, before, known, spent, seed=seed)
+      policies.append(Candidate('control/expert_iteration', control))
+  rows = {
+    'policy': [policy_row(run, candidate) for candidate in policies],
+    'tcg': tcg_table(run),
+    'prm': [prm_row(run, i, *pair) for i, pair in enumerate(prms)],
+    'search': [],
+  }
+  if run.config.eval.test_time:
+    first, last = prms[0][1], prms[-1][1]
+    asked = [
+      (policies[0], first),
+      (policies[1], first),
+      (Candidate(f'round{round_}/rl', policy), last),
+    ]
+    rows['search'] = [search_row(run, candidate, scorer) for candidate, scorer in asked]
+  return rows
+
+
+def train(arguments: cli.Arguments) -> None:
+  """One run, from a checked command line to its summary."""
+  from o1jax.stages.report import show
+  from o1jax.stages.setup import dry_run, opened
+
+  if arguments.dry_run:
+    dry_run(arguments.config, arguments.force)
+    return
+  with opened(arguments.config, arguments.stages, arguments.force) as run:
+    rows = loop(run)
+    if 'report' not in arguments.stages:
+      return
+    seconds = run.seconds()
+    summary = rows | {
+      'seconds': seconds,
+      'total_seconds': round(sum(seconds.values()), 1),
+      'peak_memory_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+      'seeds': [run.config.run.seed],
+    }
+    run.write_summary(summary)
+    show(run, summary)
+    run.bench.progress.say(f'{run.bench.store.dir}/summary.json')
+
+
+def main() -> int:
+  """Command line; returns the exit code."""
+  return cli.main(train, __doc__)
+
+
+if __name__ == '__main__':
+  sys.exit(main())
