@@ -284,16 +284,18 @@ def test_step_ids_number_the_generated_tokens_by_step():
       [END, 9, 4, 9, END, 5, END, EOS, 0],  # a delimiter in the prompt does not count
       [7, 9, 4, 9, 9, 9, 0, 0, 0],  # cut off within the first step
       [7, 9, 9, 6, END, EOS, 0, 0, END],  # nor one in the padding
+      [7, 9, 6, END, 9, 9, 0, 0, 0],  # cut off within the second step: a step of its own
     ]
   )
   generated = np.zeros(ids.shape, bool)
-  generated[0, 2:8] = generated[1, 2:6] = generated[2, 3:6] = True
-  got = step_ids_of(ids, generated, END)
+  generated[0, 2:8] = generated[1, 2:6] = generated[2, 3:6] = generated[3, 2:6] = True
+  got = step_ids_of(ids, generated, END, EOS)
   assert got.dtype == np.int32
   assert got.tolist() == [
     [0, 0, 1, 1, 1, 2, 2, 2, 0],
     [0, 0, 1, 1, 1, 1, 0, 0, 0],
     [0, 0, 0, 1, 1, 1, 0, 0, 0],
+    [0, 0, 1, 1, 2, 2, 0, 0, 0],
   ]
 
 

@@ -86,7 +86,7 @@ def test_packed_equals_unpacked(name):
   assert np.isfinite(packed).all()  # padding sees nothing and must not become NaN
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', sorted(CONFIGS.keys() - {'scanned'}))  # the cache has no scan
 def test_cached_equals_full(name):
   """Prefill of ragged, left-padded rows, then single tokens, with a hole in the cache."""
   model, params, tokens, positions, segments = make(name)

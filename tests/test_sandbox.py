@@ -421,4 +421,5 @@ def test_filters_do_what_they_say(machine):
   assert (
     small_says('prlimit64', 0, 7, 1 << 33) & 0xFFFF == 0 != small_says('prlimit64', 0, 7, 1 << 33)
   )
+  assert small_says('fcntl', 3, 4) == ALLOW and small_says('fcntl', 3, 8) & 0xFFFF == 1
   assert small_says('read') == ALLOW

@@ -1,6 +1,7 @@
 """The pool with real zygotes: verdicts, failures, layers that do not hold, other ways in."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -119,6 +120,7 @@ def test_a_lost_zygote_is_replaced_and_the_job_judged():
       if len(lost) < 2:
         lost.append(self.process.pid)
         self.process.kill()
+        self.process.wait()
       return asked(self, request, test_code)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -169,29 +171,36 @@ SABOTAGE = {
 }
 
 
+@functools.cache
+def why_unavailable(tier):
+  try:
+    zygote.Zygote(tier).close()
+  except zygote.Unavailable as e:
+    return str(e)
+  return ''
+
+
 @pytest.mark.parametrize(
   ('layer', 'tier'), [(layer, tier) for layer, (tiers, _) in SABOTAGE.items() for tier in tiers]
 )
 def test_a_layer_that_does_not_hold_is_found_out(layer, tier, monkeypatch):
   boot = zygote._BOOT.replace('from o1jax', f'\n{SABOTAGE[layer][1]}\nfrom o1jax', 1)
-  try:
-    zygote.Zygote(tier).close()
-  except zygote.Unavailable as e:
-    pytest.skip(f'tier {tier} is not to be had here: {e}')
+  if reason := why_unavailable(tier):
+    pytest.skip(f'tier {tier} is not to be had here: {reason}')
   monkeypatch.setattr(zygote, '_BOOT', boot)
   with pytest.raises(SandboxError, match=f'does not stop: .*{layer}'):
     zygote.Zygote(tier)
 
 
 def test_a_layer_that_stops_applying_stops_the_run(monkeypatch):
-  monkeypatch.setattr(pool, '_CHECK_EVERY', 3)
+  monkeypatch.setattr(pool, '_CHECK_EVERY', 4)
   with Pool(1, LIMITS) as running:
-    running.judge([RIGHT] * 20)
+    running.judge([RIGHT] * 6)
     layers_of = zygote._layers_of
     broken = {'layer': 'seccomp', 'act': 'fork', 'blocked': False, 'how': 'allowed'}
     monkeypatch.setattr(zygote, '_layers_of', lambda probes, tier: layers_of([broken], tier))
     with pytest.raises(SandboxError, match='does not stop: seccomp: fork'):
-      running.judge([RIGHT] * 20)
+      running.judge([RIGHT] * 6)
     with pytest.raises(SandboxError, match='does not stop'):
       running.submit(RIGHT)
 
@@ -281,7 +290,7 @@ class Service(BaseHTTPRequestHandler):
     assert self.path == '/run_code' and body['language'] == 'python'
     try:
       run = subprocess.run(
-        [sys.executable, '-c', body['code']], input=body['stdin'], capture_output=True, text=True,
+        [sys.executable, '-I', '-S', '-c', body['code']], input=body['stdin'], capture_output=True, text=True,
         timeout=body['run_timeout'],
       )  # fmt: skip
       result = {

@@ -231,7 +231,7 @@ def test_generated_text_goes_to_its_problem(run, monkeypatch):
   problems = [run.train[i] for i in (0, 3, 1)]
   texts = [family.render_tests(test_parts.draw_cases(p, random.Random(0))) for p in problems]
   tokenizer = run.tokenizer
-  rows = [tokenizer.encode(text) + [tokenizer.eos_id] for text in texts for _ in range(2)]
+  rows = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts for _ in range(2)]
 
   def fake(self, params, prompts, *, seed, ids, samples):
     read = [tokenizer.decode(prompt) for prompt in prompts]

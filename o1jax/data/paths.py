@@ -52,19 +52,22 @@ class PathEncoder:
     return steps_lib.parse(self.tokenizer.decode(list(ids)))
 
 
-def step_ids_of(ids: np.ndarray, generated: np.ndarray, step_end_id: int) -> np.ndarray:
+def step_ids_of(
+  ids: np.ndarray, generated: np.ndarray, step_end_id: int, eos_id: int
+) -> np.ndarray:
   """Which step each generated token belongs to.
 
   Args:
     ids: `[B, T]` int token ids.
     generated: `[B, T]` bool, True on the tokens of the path.
     step_end_id: the delimiter; it belongs to the step that it ends.
+    eos_id: the end of the document; it belongs to the last step before it.
 
   Returns:
-    `[B, T]` int32: 1.. within the path, 0 elsewhere. What follows the last
-    delimiter (the eos token) belongs to the last step.
+    `[B, T]` int32: 1.. within the path, 0 elsewhere. An unfinished step at the end
+    of a path that was cut off is a step of its own, as `steps.parse` has it.
   """
   ends = (ids == step_end_id) & generated
   before = np.cumsum(ends, axis=1) - ends
-  last = np.maximum(ends.sum(axis=1, keepdims=True), 1)
-  return np.where(generated, np.minimum(before + 1, last), 0).astype(np.int32)
+  step = before + 1 - ((ids == eos_id) & (before > 0))
+  return np.where(generated, step, 0).astype(np.int32)

@@ -63,14 +63,21 @@ def _grant(ruleset: int, path: str, rights: int) -> None:
     os.close(fd)
 
 
+def _readable(path: str) -> tuple[str, int]:
+  return path, READ_FILE | READ_DIR if os.path.isdir(path) else READ_FILE
+
+
 def library_rules(library: str, shared: Iterable[str]) -> list[tuple[str, int]]:
   """What a program may read: Python's library without installed packages, shared objects, and
   the harmless devices, of which it may also write /dev/null."""
   rules = [(library, READ_DIR)]
-  for name in os.listdir(library) if os.access(library, os.R_OK) else ():
-    if name not in ('site-packages', 'dist-packages'):
-      path = os.path.join(library, name)
-      rules.append((path, READ_FILE | READ_DIR if os.path.isdir(path) else READ_FILE))
-  rules += [(path, READ_FILE | READ_DIR) for path in shared]
+  if os.access(library, os.R_OK):
+    names = (n for n in os.listdir(library) if n not in ('site-packages', 'dist-packages'))
+    rules += [_readable(os.path.join(library, name)) for name in names]
+  for folder in shared:
+    if os.path.isdir(folder) and not os.path.islink(folder):
+      # Packages installed for the system's own Python may lie here: with this project, its data.
+      names = (name for name in os.listdir(folder) if not name.startswith('python'))
+      rules += [_readable(os.path.join(folder, name)) for name in names]
   rules += [(path, READ_FILE) for path in ('/dev/zero', '/dev/urandom', '/dev/random')]
   return [*rules, ('/dev/null', READ_FILE | WRITE_FILE | TRUNCATE)]

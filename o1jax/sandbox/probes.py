@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import resource
 import signal
@@ -86,6 +87,10 @@ def _evade_by_x32() -> None:
   raise Allowed
 
 
+def _own_for_zygote() -> None:
+  fcntl.fcntl(_REPORT_FD, fcntl.F_SETOWN, os.getppid())  # signals would go there
+
+
 def _fork() -> None:
   if os.fork() == 0:
     os._exit(0)
@@ -156,6 +161,7 @@ def _filtered(request: dict) -> list[tuple[str, str, str, Callable[[], None]]]:
     ('seccomp', _ALL, 'execute', partial(os.execv, '/probe', ['probe'])),
     ('seccomp', _ALL, 'make a socket', socket.socket),
     ('seccomp', _ALL, 'signal the zygote', lambda: os.kill(os.getppid(), 0)),
+    ('seccomp', _ALL, 'signal it by a descriptor', _own_for_zygote),
     ('seccomp', _ALL, 'trace the zygote', _trace_zygote),
     ('seccomp', _ALL, 'read its memory', _read_zygote_memory),
     ('seccomp', _ALL, 'change a mode', partial(os.chmod, '/', 0o755)),

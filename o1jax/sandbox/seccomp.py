@@ -25,6 +25,9 @@ _CLONE_MASK = _CLONE_THREAD | 0x7E020000 | 0x4000 | 0x2000 | 0x8000 | 0x80
 _AF_UNIX = 1
 _AT_EMPTY_PATH = 0x1000
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # sizes, FIONBIO, close-on-exec
+# Duplicates, flags, locks and the size of a pipe. Not the owner of a descriptor, which would have
+# the kernel send signals to another process.
+_FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1031, 1032, 1034)
 _PRCTLS = (15, 16, 0x53564D41)  # set and get a thread's name, name a mapping
 
 # What every program and every interpreter needs; nothing here reaches another process.
@@ -151,6 +154,7 @@ def child_filter(machine: str, pid: int) -> bytes:
     'memfd_create': denied,
     'pidfd_open': _KILL,
     'recvmsg': denied,
+    'fcntl': when_arg(1, _FCNTLS, _ALLOW, denied),
     'prctl': when_arg(0, _PRCTLS, _ALLOW, denied),
     # Programs set limits (of the stack, mostly) and expect it to work; they may read their own.
     'setrlimit': ignored,

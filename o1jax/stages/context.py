@@ -57,8 +57,8 @@ class Run:
   def stage(self, name: str, text: str, body: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of stage `name`, from its marker or by running `body`.
 
-    `name` is `kind` or `roundN/kind`. The result gains `seconds`, over all sessions
-    that worked on it.
+    `name` is `kind` or `roundN/kind`. The result gains `seconds`, those of
+    the session that finished it.
 
     Raises:
       RuntimeError: the stage is not finished and was not asked for.

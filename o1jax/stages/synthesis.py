@@ -91,7 +91,7 @@ def synthesize(run: Run, round_: int, policy: Any, prm: Any | None) -> list[Traj
         found = as_trajectories(run, problems, paths, origin=name, version=round_)
         by_id = {p.id: steps_lib.prompt_of(p.statement) for p in part}
         rows = [stepwise.to_row(t, by_id[t.problem_id]) for t in found]
-        chunks.write(index, [r | {'chunk_tokens': generated} for r in rows])
+        chunks.write(index, [r | {'share_tokens': generated / len(rows)} for r in rows])
         bar.update(index + 1)
     return _summary(run, round_, policy, chunks, prm)
 
@@ -102,7 +102,7 @@ def synthesize(run: Run, round_: int, policy: Any, prm: Any | None) -> list[Traj
 def _summary(run: Run, round_: int, policy: Any, chunks, prm) -> dict[str, Any]:
   rows = list(chunks.rows())
   solved = {r['problem_id'] for r in rows if r['status'] == 'accepted'}
-  tokens = sum({r['problem_id']: r['chunk_tokens'] for r in rows}.values()) / CHUNK
+  tokens = sum(r['share_tokens'] for r in rows)  # a chunk's tokens stand split over its rows
   result = {
     'trajectories': len(rows),
     'problems': len(run.train),

@@ -128,6 +128,11 @@ PROCESSES = (
   stdio('kills everybody', FORBIDDEN, 'import os\nos.kill(-1, 9)'),
   stdio('queues a signal', FORBIDDEN,
         SYSCALL + 'import os\nsyscall(129, os.getppid(), 9, bytes(128))'),
+  stdio('has the kernel signal its parent', ERROR, '''
+    import fcntl, os
+    end, other = os.pipe()
+    fcntl.fcntl(end, fcntl.F_SETOWN, os.getppid())
+  '''),
   stdio('traces its parent', FORBIDDEN,
         SYSCALL + 'import os\nsyscall(101, 16, os.getppid(), 0, 0)'),
   stdio('lets its parent trace', FORBIDDEN, SYSCALL + 'syscall(101, 0, 0, 0, 0)'),

@@ -1,0 +1,130 @@
+"""Meshes and shardings on eight virtual devices: parity of loss and gradients, and errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from o1jax.models import Model, ModelConfig, StepHead
+from o1jax.parallel import batch_sharding, make_mesh, param_shardings, replicated, shard
+from o1jax.parallel.hugepages import TUNABLE
+
+MODEL = Model(ModelConfig(64, 32, 2, 4, 2, 48, initializer_range=0.2, max_position=32))
+MESHES = ({}, {'data': 2}, {'data': 4, 'fsdp': 2}, {'data': 2, 'fsdp': 2, 'tensor': 2})
+
+
+def mesh_of(shape):
+  return make_mesh(shape, jax.devices()[: int(np.prod(list(shape.values())))])
+
+
+@jax.jit
+@jax.value_and_grad
+def loss(params, tokens, positions, segments):
+  logits = MODEL.logits(params, MODEL.hidden(params, tokens, positions, segments)[:, :-1])
+  chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+  return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
+
+
+def inputs():
+  params = jax.jit(MODEL.init)(jax.random.key(0))
+  tokens = np.random.default_rng(0).integers(0, 64, (8, 12)).astype(np.int32)
+  positions = np.tile(np.arange(12, dtype=np.int32), (8, 1))
+  return jax.device_get(params), (tokens, positions, np.ones_like(tokens))
+
+
+def test_loss_and_gradients_do_not_depend_on_the_mesh():
+  params, batch = inputs()
+  expected, expected_grads = loss(params, *batch)
+  for shape in MESHES:
+    mesh = mesh_of(shape)
+    placed = shard(params, param_shardings(mesh, MODEL, params))
+    value, grads = loss(placed, *shard(batch, batch_sharding(mesh, 8)))
+    np.testing.assert_allclose(value, expected, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()))
+
+
+def test_decoding_runs_on_sharded_parameters():
+  params, (tokens, positions, _) = inputs()
+  valid, column = np.ones((8, 12), bool), jnp.int32(0)
+  extend = jax.jit(MODEL.extend)
+  expected, _ = extend(params, MODEL.empty_cache(8, 12), tokens, positions, column, valid)
+  mesh = mesh_of(MESHES[-1])
+  rows = batch_sharding(mesh, 8)
+  cache, *batch = shard((MODEL.empty_cache(8, 12), tokens, positions, valid), rows)
+  placed = shard(params, param_shardings(mesh, MODEL, params))
+  hidden, _ = extend(placed, cache, *batch[:2], column, batch[2])
+  np.testing.assert_allclose(hidden, expected, atol=1e-5)
+
+
+def test_shardings_follow_the_table():
+  params, _ = inputs()
+  mesh = mesh_of({'data': 2, 'fsdp': 2, 'tensor': 2})
+  # A PRM and a pair of moments: model trees are found wherever they are; the rest is whole.
+  head = StepHead.init(MODEL.config)
+  tree = {'trunk': params, 'head': head, 'moments': (params, jnp.int32(0))}
+  specs = jax.tree.map(lambda s: s.spec, param_shardings(mesh, MODEL, tree))
+  layers = specs['trunk']['layers']
+  assert layers['q'] == P(None, 'fsdp', 'tensor', None)
+  assert layers['down'] == P(None, 'tensor', 'fsdp')
+  assert specs['trunk']['embed'] == P('tensor', 'fsdp')
+  assert specs['moments'] == (specs['trunk'], P())
+  assert set(specs['head'].values()) == {P()}
+  placed = shard(params, param_shardings(mesh, MODEL, params))
+  part = placed['layers']['gate'].addressable_shards[0].data
+  assert part.shape == (2, 16, 24)
+  assert replicated(mesh).spec == P()
+
+
+def test_one_key_head_is_repeated_over_tensor():
+  model = Model(ModelConfig(63, 32, 2, 4, 1, 48))
+  specs = param_shardings(mesh_of({'tensor': 2}), model, model.shapes())
+  assert specs['layers']['k'].spec == P(None, None, None, None)
+  assert specs['layers']['q'].spec == P(None, None, 'tensor', None)
+  assert specs['embed'].spec == P(None, None)  # 63 rows
+
+
+def test_mesh_errors_propose_meshes_that_fit():
+  with pytest.raises(
+    ValueError, match='data=3 fsdp=1 tensor=1 needs 3 devices, found 8; use data=8'
+  ):
+    make_mesh({'data': 3})
+  with pytest.raises(ValueError, match=r"unknown mesh axes \['model'\]"):
+    make_mesh({'model': 8})
+  with pytest.raises(ValueError, match='8 devices do not divide over 3'):
+    make_mesh({'data': -1, 'tensor': 3})
+  with pytest.raises(ValueError, match='at most one may be -1'):
+    make_mesh({'data': -1, 'fsdp': -1})
+  assert dict(make_mesh({'data': -1, 'tensor': 2}).shape) == {'data': 4, 'fsdp': 1, 'tensor': 2}
+
+
+def test_batch_and_model_errors_name_both_numbers():
+  mesh = mesh_of({'data': 2, 'fsdp': 2})
+  with pytest.raises(
+    ValueError, match=r'batch=6 does not divide over data\*fsdp=4; use a multiple'
+  ):
+    batch_sharding(mesh, 6)
+  with pytest.raises(ValueError, match='heads=4 does not divide over tensor=8'):
+    param_shardings(mesh_of({'tensor': 8}), MODEL, MODEL.shapes())
+  wrong = MODEL.shapes() | {'layers': {}}
+  with pytest.raises(ValueError, match='do not have the structure of the model'):
+    param_shardings(mesh, MODEL, wrong)
+
+
+def test_restart_with_huge_pages_happens_once(monkeypatch):
+  from o1jax.parallel import hugepages
+
+  calls = []
+  monkeypatch.setattr(hugepages.os, 'execv', lambda *args: calls.append(args))
+  monkeypatch.setattr(
+    hugepages,
+    '_SWITCH',
+    type('S', (), {'is_file': lambda: True, 'read_text': lambda: 'always [madvise] never'}),
+  )
+  monkeypatch.delenv('GLIBC_TUNABLES', raising=False)
+  hugepages.restart_with_huge_pages()
+  hugepages.restart_with_huge_pages()  # the restarted program finds the variable set
+  assert len(calls) == 1
+  assert hugepages.os.environ['GLIBC_TUNABLES'] == TUNABLE
+  monkeypatch.delenv('GLIBC_TUNABLES')
