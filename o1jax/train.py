@@ -19,10 +19,10 @@ def loop(run) -> dict[str, Any]:
   """Trains through all rounds and returns the summary of the run."""
   from o1jax.stages.policy_sft import finetune_policy
   from o1jax.stages.prm import train_prm
-  from o1jax.stages.report import Candidate, policy_row, prm_row, search_row
+  from o1jax.stages.report import Candidate, policy_row, prm_row, search_row, tcg_rows
   from o1jax.stages.rl import expert_iteration, improve_policy
   from o1jax.stages.synthesis import synthesize
-  from o1jax.stages.tcg import tcg_table, train_tcg, write_tests
+  from o1jax.stages.tcg import train_tcg, write_tests
 
   policy, prm, found = run.base, None, []
   policies, prms = [Candidate('base', policy)], []
@@ -45,7 +45,7 @@ def loop(run) -> dict[str, Any]:
       policies.append(Candidate('control/expert_iteration', control))
   rows = {
     'policy': [policy_row(run, candidate) for candidate in policies],
-    'tcg': tcg_table(run),
+    'tcg': tcg_rows(run),
     'prm': [prm_row(run, i, *pair) for i, pair in enumerate(prms)],
     'search': [],
   }

@@ -290,9 +290,12 @@ class Service(BaseHTTPRequestHandler):
     assert self.path == '/run_code' and body['language'] == 'python'
     try:
       run = subprocess.run(
-        [sys.executable, '-I', '-S', '-c', body['code']], input=body['stdin'], capture_output=True, text=True,
+        [sys.executable, '-I', '-S', '-c', body['code']],
+        input=body['stdin'],
+        capture_output=True,
+        text=True,
         timeout=body['run_timeout'],
-      )  # fmt: skip
+      )
       result = {
         'status': 'Finished' if run.returncode == 0 else 'Error', 'execution_time': 0.01,
         'return_code': run.returncode, 'stdout': run.stdout, 'stderr': run.stderr,

@@ -215,6 +215,7 @@ class RlConfig(Section):
   alpha_start: Share = 1.0  # weight of the outcome in phi at the first iteration
   alpha_end: Share = 0.5  # and at the last
   alpha_schedule: Literal['linear', 'log', 'constant'] = 'linear'
+  own_tests: bool = True  # of problems for which the TCG has no confirmed ones; else left out
   tau_pass: float = 1.0  # outcome of a program that passes all tests
   tau_fail: float = 0.0
   negative_scale: NonNegative = 1.0  # multiplies negative advantages

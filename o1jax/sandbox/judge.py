@@ -79,24 +79,32 @@ _STATELESS = (
 )
 
 
+def _root(node: ast.expr) -> str:
+  """The name that a chain of attributes starts from."""
+  while isinstance(node, ast.Attribute):
+    node = node.value
+  return node.id if isinstance(node, ast.Name) else ''
+
+
 def isolated(code: str) -> bool:
   """Whether a program keeps nothing in its process that a second execution could see.
 
-  True only for code that imports nothing but stateless modules, sets no attribute of a
-  module and names no function that reaches the interpreter's shared state.
+  True only for code that imports nothing but stateless modules, sets no attribute of what
+  it imported and names no function that reaches the interpreter's shared state.
   """
   try:
     tree = ast.parse(code)
   except (SyntaxError, ValueError, RecursionError, MemoryError):
     return False
   shared, stateless = set(_SHARED_STATE.split()), set(_STATELESS.split())
-  modules = set()
+  shared_names = set()  # modules, and what was taken from them
   for node in ast.walk(tree):
     if isinstance(node, ast.Import):
       names = [alias.name.partition('.')[0] for alias in node.names]
-      modules.update(alias.asname or alias.name for alias in node.names)
+      shared_names.update(alias.asname or alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
       names = [(node.module or '').partition('.')[0]]
+      shared_names.update(alias.asname or alias.name for alias in node.names)
     elif isinstance(node, ast.Name) and node.id in shared:
       return False
     else:
@@ -106,8 +114,7 @@ def isolated(code: str) -> bool:
   return not any(
     isinstance(node, ast.Attribute)
     and isinstance(node.ctx, ast.Store | ast.Del)
-    and isinstance(node.value, ast.Name)
-    and node.value.id in modules
+    and _root(node) in shared_names
     for node in ast.walk(tree)
   )
 

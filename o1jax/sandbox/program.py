@@ -89,7 +89,18 @@ def open_streams() -> None:
   sys.stderr = sys.__stderr__ = _open(
     2, 'w', encoding='utf-8', errors='backslashreplace', buffering=1, closefd=False
   )
-  _streams = (sys.stdout, sys.stderr)
+  _streams = (sys.stdin, sys.stdout, sys.stderr)
+
+
+def renew_streams() -> None:
+  """Makes the streams as good as new: the same objects if the last test left them in place."""
+  try:
+    if (sys.stdin, sys.stdout, sys.stderr) == _streams and not any(s.closed for s in _streams):
+      sys.stdin.seek(0)
+      return
+  except Exception:  # detached, or replaced by something that cannot be compared
+    pass
+  open_streams()
 
 
 def shim_stdin_paths(source: str) -> None:
@@ -161,7 +172,7 @@ def end_program(source: str) -> None:
       module.__dict__.clear()  # objects with `__del__`, files left open
   if '__del__' in source or 'open(' in source:
     gc.collect()
-  for stream in (sys.stdout, sys.stderr, *_streams):  # a program may have put others there
+  for stream in (sys.stdout, sys.stderr, *_streams[1:]):  # a program may have put others there
     if stream is not None and not getattr(stream, 'closed', True):
       stream.flush()
 
@@ -180,9 +191,9 @@ class Batch:
     """Makes ready for a test; False if its input is too long for a file of this process."""
     if self.entry_point is None:
       data = text.encode(errors='surrogatepass')
-      os.ftruncate(4, 0)
       if os.pwrite(4, data, 0) < len(data):
         return False
+      os.ftruncate(4, len(data))
     if first:
       return True
     os.lseek(4, 0, os.SEEK_SET)
@@ -195,7 +206,7 @@ class Batch:
     os.lseek(6, 0, os.SEEK_END)
     sys.setrecursionlimit(1000)
     sys.argv = [FILE]
-    open_streams()
+    renew_streams()
     return True
 
   def _end_test(self, kind: int, payload: bytes) -> tuple[int, bytes]:
@@ -208,7 +219,7 @@ class Batch:
       return wire.BAIL, b''
     end_program(self.source)
     if kind == wire.OUTPUT and self.entry_point is None:
-      payload = os.pread(5, self.limit, 0)
+      payload = os.pread(5, os.fstat(5).st_size, 0)
     return kind, payload
 
   def run(self, code: types.CodeType) -> None:

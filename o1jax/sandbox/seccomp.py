@@ -171,14 +171,14 @@ class ChildFilter:
   def __init__(self, machine: str):
     template = child_filter(machine, self._MARK)
     mark = self._MARK.to_bytes(4, 'little')
-    self._places = [at for at in range(0, len(template), 4) if template[at : at + 4] == mark]
+    self._places = [i for i in range(len(template) // 4) if template[4 * i :][:4] == mark]
     self._code, self._header = _prepare(template)
+    self._words = memoryview(self._code).cast('B').cast('I')
 
   def install(self, pid: int) -> None:
     """Sets the filter on this process, whose id is `pid`; raises OSError."""
-    value = pid.to_bytes(4, 'little')
-    for at in self._places:
-      self._code[at : at + 4] = value
+    for place in self._places:
+      self._words[place] = pid
     libc.set_filter(self._header)
 
 

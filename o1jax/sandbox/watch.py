@@ -8,6 +8,7 @@ import signal
 import time
 
 _GRACE_S = 0.03  # CPU seconds of slack, above how long a child may hold a record back
+_PIPE_BYTES = 1 << 16  # what a pipe holds
 _STARVED = 32  # a process this many times slower than its CPU time is starved, not idle
 
 
@@ -96,7 +97,7 @@ def collect(child: Child, pipe: int, limit: int) -> bytes:
       if fd == child.pidfd:
         ended = True
         continue
-      part = os.read(pipe, 1 << 20)
+      part = os.read(pipe, _PIPE_BYTES)
       size += len(part)
       if not part:
         poll.unregister(pipe)
@@ -111,7 +112,7 @@ def collect(child: Child, pipe: int, limit: int) -> bytes:
   os.set_blocking(pipe, False)
   while size <= limit:
     try:
-      part = os.read(pipe, 1 << 20)
+      part = os.read(pipe, _PIPE_BYTES)
     except BlockingIOError:
       break
     if not part:

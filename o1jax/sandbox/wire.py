@@ -40,7 +40,7 @@ def receive_exactly(sock, size: int) -> bytes:
   """`size` bytes from a stream socket; raises EOFError when it ends before."""
   parts = []
   while size:
-    part = sock.recv(min(size, 1 << 20))
+    part = sock.recv(min(size, 1 << 16))
     if not part:
       raise EOFError('the other side closed the connection')
     parts.append(part)

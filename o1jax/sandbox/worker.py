@@ -203,7 +203,7 @@ class Zygote:
         'confined': is_marked(mark),
         'stderr_full': os.fstat(stderr).st_size >= request['output_bytes'],
       }
-      printed = b'' if batch else os.pread(stdout, request['output_bytes'], 0)
+      printed = b'' if batch else os.pread(stdout, os.fstat(stdout).st_size, 0)
       return wire.pack_message(header, report, printed, tail_of(stderr))
 
   def run_check(self, request: dict) -> bytes:

@@ -158,8 +158,9 @@ def _start(fd: int, stderr: int, tier: str) -> subprocess.Popen:
     stdin=subprocess.DEVNULL,
     stdout=subprocess.DEVNULL,
     stderr=stderr,
-    # A fixed hash seed: the order of a program's sets is the same in every run.
-    env={'PYTHONHASHSEED': '0'},
+    # A fixed hash seed: the order of a program's sets is the same in every run. Symbols are
+    # bound at once: what a child binds later costs it pages of its own.
+    env={'PYTHONHASHSEED': '0', 'LD_BIND_NOW': '1'},
     pass_fds=(fd,),
     start_new_session=True,  # a Ctrl-C of the caller is the caller's to handle
   )

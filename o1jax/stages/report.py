@@ -16,6 +16,7 @@ from o1jax.stages.context import Run
 from o1jax.stages.evaluate import Answers, answer, interval, name_ids, pass_at_1, sampler
 from o1jax.stages.prm import sibling_metrics
 from o1jax.stages.synthesis import guided
+from o1jax.stages.tcg import tcg_table
 from o1jax.types import Problem, Trajectory
 
 SEED = 77  # of the report's samples, the same for every policy
@@ -41,6 +42,12 @@ def policy_row(run: Run, candidate: Candidate) -> dict[str, Any]:
     return {'stage': candidate.stage, **kept, 'n': len(run.test), 'greedy_outcomes': greedy}
 
   return run.stage(f'test_{_flat(candidate.stage)}/report', 'pass@1 on the test split', body)
+
+
+def tcg_rows(run: Run) -> list[dict[str, Any]]:
+  """Parse rate and correctness of the test-case generator by training stage."""
+  body = lambda: {'rows': tcg_table(run)}  # noqa: E731
+  return run.stage('test_tcg/report', 'test-case generator on the test split', body)['rows']
 
 
 def prm_row(run: Run, round_: int, policy: Any, prm: Any) -> dict[str, Any]:

@@ -59,11 +59,15 @@ def improve_policy(
 
 def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
   config, bench = run.config.rl, run.bench
+  generated = sum(p.id in tests for p in run.train)
+  if config.own_tests:
+    tests = {p.id: p.tests for p in run.train if p.tests} | dict(tests)
   problems = [p for p in run.train if p.id in tests]
+  bench.progress.say(f'{generated} of {len(problems)} problems are judged by generated tests')
   if len(problems) < config.problems:
     raise ValueError(
       f'rl.problems={config.problems}, but only {len(problems)} training problems have confirmed '
-      'tests; lower it, or raise tcg.samples'
+      'tests; lower it, raise tcg.samples, or set rl.own_tests=true'
     )
   loss_fn, start = _loss(run, policy)
   tx = optimizer(config.optim)

@@ -66,9 +66,7 @@ def roll_out(
     mask[row, : max(1, min(len(paths[row]), steps))] = 1.0
   outcome = rewards.outcome(rates, config.tau_pass, config.tau_fail)
   tokens, generated, logprobs = _rows(run, prompts, drawn)
-  step_ids = step_ids_of(
-    tokens, generated, run.tokenizer.step_end_id, run.tokenizer.eos_id
-  )
+  step_ids = step_ids_of(tokens, generated, run.tokenizer.step_end_id, run.tokenizer.eos_id)
   return Rollouts(
     repeated,
     paths,

@@ -13,12 +13,12 @@ WRONG, ERROR, FORBIDDEN = 'wrong_answer', 'runtime_error', 'forbidden'
 TIME, MEMORY, OUTPUT = 'time_limit', 'memory_limit', 'output_limit'
 SYSCALL = 'import ctypes\nsyscall = ctypes.CDLL(None, use_errno=True).syscall\n'
 SECRET = (TestCase('1', 'SECRET-2718281828'),)
-HUNT = '''
+HUNT = """
     def show(text):
       if 'SECRET-' in text and 'hunter' not in text:  # hunter
         print(text[text.index('SECRET-'):][:17])
         raise SystemExit
-'''
+"""
 
 RESOURCES = (
   stdio('swallows every signal and exception', TIME, '''
