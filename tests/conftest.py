@@ -12,6 +12,10 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['TRANSFORMERS_OFFLINE'] = '1'
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# A slow moment of a shared machine is no failure.
+hypothesis.settings.register_profile('o1jax', deadline=None)
+hypothesis.settings.load_profile('o1jax')
