@@ -187,8 +187,8 @@ LIMITS = Limits(cpu_s=1.0)
 
 def reply(records=(), **kwargs):
   values = {
-    'stdout': b'', 'stderr': '', 'stderr_full': False, 'exit': 0, 'signal': None, 'killed': None,
-    'cpu_s': 0.0, 'wall_s': 0.0, 'rss_bytes': 0,
+    'stdout': b'', 'stderr': '', 'stderr_full': False, 'exit': 0, 'signal': 0,
+    'killed': wire.NOTHING, 'cpu_s': 0.0, 'wall_s': 0.0, 'rss_bytes': 0,
   }  # fmt: skip
   return Reply(records=list(records), **{**values, **kwargs})
 
@@ -255,13 +255,13 @@ def test_an_unclean_exit_accepts_nothing():
 
 
 def test_a_batch_goes_on_behind_the_test_that_ended_it():
-  children = Children({k: v for k, v in RIGHT.items() if k != '2'}, killed='cpu', exit=None)
+  children = Children({k: v for k, v in RIGHT.items() if k != '2'}, killed=wire.CPU, exit=-1)
 
   def until_the_gap(request, test_code=None):
     gap = request['inputs'].index('2') if '2' in request['inputs'] else None
     whole = Children(RIGHT)(request)
     children.asked.append((request['mode'], request['inputs']))
-    return whole if gap is None else reply(whole.records[:gap], killed='cpu', exit=None)
+    return whole if gap is None else reply(whole.records[:gap], killed=wire.CPU, exit=-1)
 
   verdict = judge(Job('print(1)', TESTS), LIMITS, until_the_gap)
   assert [t.status for t in verdict.tests].index(types.TIME_LIMIT) == 2
@@ -269,8 +269,8 @@ def test_a_batch_goes_on_behind_the_test_that_ended_it():
 
 
 def test_after_some_timeouts_the_rest_does_not_run():
-  late = reply(killed='cpu', exit=None)
-  children = Children({}, dict.fromkeys(RIGHT, late), killed='cpu', exit=None)
+  late = reply(killed=wire.CPU, exit=-1)
+  children = Children({}, dict.fromkeys(RIGHT, late), killed=wire.CPU, exit=-1)
   verdict = judge(Job(SHARES_STATE, TESTS), Limits(timeouts=2), children)
   assert children.modes.count(wire.STRICT) == 2
   assert {t.status for t in verdict.tests} == {types.TIME_LIMIT}
@@ -279,10 +279,10 @@ def test_after_some_timeouts_the_rest_does_not_run():
 @pytest.mark.parametrize(
   ('ended', 'status'),
   [
-    ({'signal': 31, 'exit': None}, types.FORBIDDEN),
-    ({'signal': 11, 'exit': None}, types.RUNTIME_ERROR),
-    ({'killed': 'wall', 'exit': None}, types.TIME_LIMIT),
-    ({'killed': 'output', 'exit': None}, types.OUTPUT_LIMIT),
+    ({'signal': 31, 'exit': -1}, types.FORBIDDEN),
+    ({'signal': 11, 'exit': -1}, types.RUNTIME_ERROR),
+    ({'killed': wire.WALL, 'exit': -1}, types.TIME_LIMIT),
+    ({'killed': wire.FLOOD, 'exit': -1}, types.OUTPUT_LIMIT),
     ({'rss_bytes': 1 << 40}, types.MEMORY_LIMIT),
     ({'stderr_full': True}, types.OUTPUT_LIMIT),
     ({'cpu_s': 1.5}, types.TIME_LIMIT),

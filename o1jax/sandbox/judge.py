@@ -37,7 +37,11 @@ _KINDS = {
   wire.OPAQUE: types.WRONG_ANSWER,
   wire.COMPILE: types.COMPILE_ERROR,
 }
-_KILLED = {'cpu': types.TIME_LIMIT, 'wall': types.TIME_LIMIT, 'output': types.OUTPUT_LIMIT}
+_KILLED = {
+  wire.CPU: types.TIME_LIMIT,
+  wire.WALL: types.TIME_LIMIT,
+  wire.FLOOD: types.OUTPUT_LIMIT,
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,18 +52,18 @@ class Reply:
   stdout: bytes
   stderr: str  # the tail
   stderr_full: bool
-  exit: int | None
-  signal: int | None
-  killed: str | None  # which limit the zygote enforced
+  exit: int  # status; -1 if a signal ended it
+  signal: int  # 0 if none did
+  killed: int  # what the zygote stopped it for, as `wire` names it
   cpu_s: float
   wall_s: float
   rss_bytes: int
-  tester_killed: str | None = None
+  tester_killed: int = wire.NOTHING
 
   @property
   def clean(self) -> bool:
     """Whether the child ended by itself with status 0."""
-    return self.exit == 0 and self.killed is None
+    return self.exit == 0 and self.killed == wire.NOTHING
 
 
 class HarnessFailure(RuntimeError):
@@ -219,7 +223,7 @@ class Judgement:
         status = types.TIME_LIMIT
       self.results[at] = TestResult(status, cpu_s, wall_s)
       at += 1
-    if at < len(self.tests) and reply.killed == 'cpu' and self._is_isolated():
+    if at < len(self.tests) and reply.killed == wire.CPU and self._is_isolated():
       self.results[at] = TestResult(types.TIME_LIMIT, self.limits.cpu_s, reply.wall_s)
       return at + 1, False
     if at == len(self.tests) and not reply.clean:

@@ -204,11 +204,13 @@ def _outcomes(probes: list, spawn: Callable, request: dict, filtered: bool) -> l
   for layer, tiers, name, act in probes:
     if request['tier'] not in tiers:
       continue
-    usage, said, confined = spawn(act, request, filtered)
-    if usage['signal'] == signal.SIGSYS:
+    ended_by, said, confined = spawn(act, request, filtered)
+    if ended_by == signal.SIGSYS:
       said = 'denied: killed'
     blocked = confined and said.startswith('denied')
-    outcomes.append({'layer': layer, 'act': name, 'blocked': blocked, 'how': said or str(usage)})
+    outcomes.append(
+      {'layer': layer, 'act': name, 'blocked': blocked, 'how': said or f'signal {ended_by}'}
+    )
   return outcomes
 
 

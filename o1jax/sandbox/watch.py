@@ -7,6 +7,8 @@ import select
 import signal
 import time
 
+from o1jax.sandbox import wire
+
 _GRACE_S = 0.03  # CPU seconds of slack, above how long a child may hold a record back
 _PIPE_BYTES = 1 << 16  # what a pipe holds
 _STARVED = 32  # a process this many times slower than its CPU time is starved, not idle
@@ -33,6 +35,11 @@ class Child:
     signs: how many signs of progress are believed, one a test.
   """
 
+  __slots__ = (
+    'cpu_s', 'exit', 'killed', 'last_cpu', 'last_wall', 'pid', 'pidfd', 'rss_bytes', 'signal',
+    'signs_left', 'started', 'used_s', 'wall_s', 'was_s',
+  )  # fmt: skip
+
   def __init__(self, pid: int, cpu_s: float, wall_s: float, signs: int = 0):
     self.pid = pid
     self.pidfd = os.pidfd_open(pid)
@@ -40,12 +47,13 @@ class Child:
     self.signs_left = signs
     self.started = self.last_wall = time.monotonic()
     self.last_cpu = 0.0
-    self.killed: str | None = None
-    self.usage: dict | None = None
+    self.killed = wire.NOTHING
+    self.exit = -1  # until it has ended, and if it ended by a signal
+    self.signal = 0
 
-  def kill(self, reason: str) -> None:
+  def kill(self, reason: int) -> None:
     """Ends the child at once; the first reason is the one that is reported."""
-    if self.killed is None and self.usage is None:
+    if self.killed == wire.NOTHING:
       self.killed = reason
       os.kill(self.pid, signal.SIGKILL)
 
@@ -60,65 +68,57 @@ class Child:
     cpu = cpu_seconds(self.pid) - self.last_cpu
     wall = time.monotonic() - self.last_wall
     if cpu > self.cpu_s:
-      self.kill('cpu')
+      self.kill(wire.CPU)
     elif wall > self.wall_s and wall > _STARVED * cpu:
-      self.kill('wall')
+      self.kill(wire.WALL)
     return min(max(0.002, self.cpu_s - cpu), max(0.01, self.wall_s - wall))
 
-  def reap(self) -> dict:
-    """Collects the ended child; returns how it ended and what it used."""
+  def reap(self) -> None:
+    """Collects the ended child: sets how it ended and what it used."""
     os.close(self.pidfd)
     _, status, usage = os.wait4(self.pid, 0)
     code = os.waitstatus_to_exitcode(status)
-    self.usage = {
-      'exit': code if code >= 0 else None,
-      'signal': -code if code < 0 else None,
-      'killed': self.killed,
-      'cpu_s': usage.ru_utime + usage.ru_stime,
-      'wall_s': time.monotonic() - self.started,
-      'rss_bytes': usage.ru_maxrss << 10,
-    }
-    return self.usage
+    if code >= 0:
+      self.exit = code
+    else:
+      self.signal = -code
+    self.used_s = usage.ru_utime + usage.ru_stime
+    self.was_s = time.monotonic() - self.started
+    self.rss_bytes = usage.ru_maxrss << 10
 
 
 def collect(child: Child, pipe: int, limit: int) -> bytes:
   """Waits for `child` to end, reading its report from `pipe`; returns the report.
 
-  A report beyond `limit` bytes ends the child. The child may close its end of the pipe and
-  go on; it may not outlive its limits.
+  `pipe` does not block, and its other end stays open here: the end of the child is the
+  only end, whatever it closes. A report beyond `limit` bytes ends the child.
   """
   poll = select.poll()
   poll.register(child.pidfd, select.POLLIN)
   poll.register(pipe, select.POLLIN)
-  parts, size, ended = [], 0, False
-  wait_s = child.check()
+  parts, size = [], 0
+  wait_s = min(child.cpu_s, child.wall_s)
+  ended = False
   while not ended:
     for fd, _ in poll.poll(1000 * wait_s):
       if fd == child.pidfd:
         ended = True
         continue
-      part = os.read(pipe, _PIPE_BYTES)
-      size += len(part)
-      if not part:
-        poll.unregister(pipe)
-      elif size > limit:
-        child.kill('output')
-      else:
-        parts.append(part)
-        child.progress()
+      parts.append(os.read(pipe, _PIPE_BYTES))
+      size += len(parts[-1])
+      if size > limit:
+        child.kill(wire.FLOOD)
+        parts.clear()
+      child.progress()
     if not ended:
       wait_s = child.check()
   child.reap()
-  os.set_blocking(pipe, False)
   while size <= limit:
     try:
-      part = os.read(pipe, _PIPE_BYTES)
+      parts.append(os.read(pipe, _PIPE_BYTES))
     except BlockingIOError:
       break
-    if not part:
-      break
-    size += len(part)
-    parts.append(part)
+    size += len(parts[-1])
   return b''.join(parts)
 
 
@@ -128,14 +128,11 @@ def collect_pair(main: Child, other: Child) -> None:
   alive = {child.pidfd: child for child in (main, other)}
   for fd in alive:
     poll.register(fd, select.POLLIN)
-  while main.usage is None:
+  while main.pidfd in alive:
     wait_s = min(child.check() for child in alive.values())
     for fd, _ in poll.poll(1000 * wait_s):
       poll.unregister(fd)
       alive.pop(fd).reap()
-  if other.usage is None:
-    if other.killed is None:
-      # Not a verdict on it: it was waiting for the next call.
-      os.kill(other.pid, signal.SIGKILL)
-      other.killed = 'done'
-    other.reap()
+  for child in alive.values():
+    child.kill(wire.DONE)  # not its fault: it was waiting for the next call
+    child.reap()

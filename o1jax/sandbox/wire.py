@@ -3,18 +3,28 @@
 Three processes speak here. The *pool* (the caller, trusted, holds the expected
 outputs) sends a request to a *zygote* (trusted, holds none); the zygote forks a
 *child* (hostile) whose report it passes on unread. A frame is a 32-bit length and
-that many bytes; a request and a reply are a JSON header and raw bytes behind it.
+that many bytes: a request is marshalled, because the pool is trusted and the same Python;
+what comes back is plain numbers and raw bytes, because a zygote is trusted less.
 Imports little on purpose: every zygote carries it.
 """
 
 from __future__ import annotations
 
-import json
 import struct
 from typing import Any
 
 _LENGTH = struct.Struct('<I')
 _RECORD = struct.Struct('<BffI')  # kind, CPU seconds, wall seconds, length of the payload
+
+# Of a reply: whether the child was confined, whether it filled stderr, how it ended (-1 and 0:
+# it did not end that way), what stopped it and its tester, CPU and wall seconds, resident bytes.
+_FACTS = (
+  'confined', 'stderr_full', 'exit', 'signal', 'killed', 'tester_killed', 'cpu_s', 'wall_s',
+  'rss_bytes',
+)  # fmt: skip
+_REPLY = struct.Struct('<??iiBBddQIII')
+# What may stop a child.
+NOTHING, CPU, WALL, FLOOD, DONE = range(5)
 
 # Kinds of record that a child reports, one per test.
 OUTPUT = 0  # payload: what the program printed, or the encoded value it returned
@@ -56,21 +66,20 @@ def receive_frame(sock, limit: int = 1 << 31) -> bytes:
   return receive_exactly(sock, size)
 
 
-def pack_message(header: dict[str, Any], *blobs: bytes) -> bytes:
-  """A JSON header and raw bytes behind it; their lengths travel in the header."""
-  head = json.dumps({**header, 'blobs': [len(blob) for blob in blobs]}).encode()
-  return b''.join((_LENGTH.pack(len(head)), head, *blobs))
+def pack_reply(*facts: Any, blobs: tuple[bytes, ...]) -> bytes:
+  """A zygote's reply on one request: the facts of `unpack_reply` in their order, then blobs."""
+  return _REPLY.pack(*facts, *map(len, blobs)) + b''.join(blobs)
 
 
-def unpack_message(payload: bytes) -> tuple[dict[str, Any], list[bytes]]:
-  """The header and the blobs of `pack_message`."""
-  (size,) = _LENGTH.unpack_from(payload)
-  header = json.loads(payload[4 : 4 + size])
-  blobs, at = [], 4 + size
-  for length in header['blobs']:
+def unpack_reply(payload: bytes) -> tuple[dict[str, Any], list[bytes]]:
+  """What a zygote measured of one child, and three blobs: report, stdout, tail of stderr."""
+  values = _REPLY.unpack_from(payload)
+  facts = dict(zip(_FACTS, values[: len(_FACTS)], strict=True))
+  blobs, at = [], _REPLY.size
+  for length in values[len(_FACTS) :]:
     blobs.append(payload[at : at + length])
     at += length
-  return header, blobs
+  return facts, blobs
 
 
 def pack_record(kind: int, cpu_s: float, wall_s: float, payload: bytes) -> bytes:
@@ -94,8 +103,3 @@ def unpack_records(report: bytes, limit: int) -> list[tuple[int, float, float, b
     records.append((kind, cpu_s, wall_s, report[at : at + size]))
     at += size
   return records
-
-
-def encode_header(header: dict[str, Any]) -> bytes:
-  """A request without blobs; text that is not valid Unicode survives."""
-  return json.dumps(header).encode()

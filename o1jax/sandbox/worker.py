@@ -11,6 +11,7 @@ import fcntl
 import gc
 import importlib
 import json
+import marshal
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ import sys
 from o1jax.sandbox import confine, libc, probes, program, tester, watch, wire
 
 _fork = libc.bare_fork()
+_MARK = os.EFD_NONBLOCK | os.EFD_CLOEXEC
 
 # What programs import most; loaded once, here, instead of by every child.
 _PRELOADED = 'bisect collections copy functools heapq itertools math operator re string typing'
@@ -72,46 +74,12 @@ def sealed_memfd(data: bytes) -> int:
   return fd
 
 
-class Descriptors:
-  """The descriptors of one request, closed together when it is answered."""
-
-  def __init__(self):
-    self.open: list[int] = []
-
-  def __enter__(self) -> Descriptors:
-    return self
-
-  def __exit__(self, *_) -> None:
-    for fd in self.open:
-      os.close(fd)
-
-  def keep(self, *fds: int) -> list[int]:
-    """Takes descriptors over; returns them."""
-    self.open += fds
-    return list(fds)
-
-  def mark(self) -> int:
-    """An eventfd for a child to say that it is confined."""
-    return self.keep(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))[0]
-
-  def close(self, fd: int) -> None:
-    """Closes one of them now."""
-    self.open.remove(fd)
-    os.close(fd)
-
-
 def is_marked(mark: int) -> bool:
   """Whether a child said that it was confined, which it does before its program runs."""
   try:
     return os.eventfd_read(mark) == 1
   except BlockingIOError:
     return False
-
-
-def tail_of(fd: int) -> bytes:
-  """The last bytes of a file that a child wrote."""
-  size = os.fstat(fd).st_size
-  return os.pread(fd, wire.STDERR_TAIL, max(0, size - wire.STDERR_TAIL))
 
 
 class Zygote:
@@ -125,14 +93,14 @@ class Zygote:
     self.alone = tier == 'A'
 
   def serve(self) -> None:
-    """Answers requests, one at a time."""
+    """Answers requests, one at a time. What fails here ends the process: the pool tells it."""
     while True:
       try:
-        request = json.loads(wire.receive_frame(self.sock))
+        request = marshal.loads(wire.receive_frame(self.sock))
       except EOFError:
         return
       if request['mode'] == wire.PROBE:
-        reply = wire.pack_message({'probes': probes.run(self.spawn_probe, request)})
+        reply = json.dumps({'probes': probes.run(self.spawn_probe, request)}).encode()
       else:
         reply = self.run_check(request) if request['mode'] == wire.CHECK else self.run(request)
       self.sweep()
@@ -151,7 +119,7 @@ class Zygote:
       return
     raise RuntimeError('a process outlived its program')
 
-  def spawn(self, run, request: dict, descriptors: list[int], filtered: bool = True) -> int:
+  def spawn(self, run, request: dict, descriptors: tuple[int, ...], filtered: bool = True) -> int:
     """Forks a child that confines itself and exits with `run()`; returns its process id.
 
     The child has `descriptors` as its 0, 1, 2, ...; the last one is its mark.
@@ -173,7 +141,7 @@ class Zygote:
     finally:
       os._exit(status)
 
-  def streams(self, fds: Descriptors, stdin: str | None = None) -> list[int]:
+  def streams(self, stdin: str | None = None) -> list[int]:
     """Files in memory for a child's 0, 1 and 2; the first is sealed if it has content."""
     if stdin is None:
       first = os.memfd_create('stdin')
@@ -182,66 +150,82 @@ class Zygote:
       if len(data) >= self.confinement.limits[1]:
         self.confinement.lift_file_limit()
       first = sealed_memfd(data)
-    return fds.keep(first, os.memfd_create('stdout'), os.memfd_create('stderr'))
+    return [first, os.memfd_create('stdout'), os.memfd_create('stderr')]
+
+  def watch(self, pid: int, request: dict, pipe: int) -> tuple[watch.Child, bytes]:
+    """Sees a single child through to its end; returns it and its report."""
+    wall_s = request['cpu_s'] * request['wall_factor']
+    child = watch.Child(pid, request['cpu_s'], wall_s, request['tests'])
+    return child, watch.collect(child, pipe, 2 * request['output_bytes'] + (1 << 16))
 
   def run(self, request: dict) -> bytes:
     """One child for a batch or a single test; returns the reply to the pool."""
     batch = request['mode'] == wire.BATCH
     text = None if batch or request['entry_point'] is not None else request['inputs'][0]
-    with Descriptors() as fds:
-      mark, streams = fds.mark(), self.streams(fds, text)
-      pipe, write_end = fds.keep(*os.pipe())
-      given = [*streams, write_end, *(streams if batch else ()), mark]
-      pid = self.spawn(lambda: program.run(request), request, given)
-      fds.close(write_end)
-      wall_s = request['cpu_s'] * request['wall_factor']
-      child = watch.Child(pid, request['cpu_s'], wall_s, request['tests'])
-      report = watch.collect(child, pipe, 2 * request['output_bytes'] + (1 << 16))
-      _, stdout, stderr = streams
-      header = {
-        **child.usage,
-        'confined': is_marked(mark),
-        'stderr_full': os.fstat(stderr).st_size >= request['output_bytes'],
-      }
-      printed = b'' if batch else os.pread(stdout, os.fstat(stdout).st_size, 0)
-      return wire.pack_message(header, report, printed, tail_of(stderr))
+    fds = [*self.streams(text), *os.pipe(), os.eventfd(0, _MARK)]
+    stdin, stdout, stderr, pipe, end, mark = fds
+    os.set_blocking(pipe, False)
+    again = (stdin, stdout, stderr) if batch else ()
+    given = (stdin, stdout, stderr, end, *again, mark)
+    pid = self.spawn(lambda: program.run(request), request, given)
+    child, report = self.watch(pid, request, pipe)
+    printed = b'' if batch else os.pread(stdout, os.fstat(stdout).st_size, 0)
+    reply = reply_of(child, is_marked(mark), stderr, request, report, printed)
+    for fd in fds:
+      os.close(fd)
+    return reply
 
   def run_check(self, request: dict) -> bytes:
     """A program's process and a tester's; the tester reports to the pool on its own socket."""
     _, (to_pool,), _, _ = socket.recv_fds(self.sock, 1, 1)
     seconds = request['cpu_s'] * request['tests']
-    with Descriptors() as fds:
-      fds.keep(to_pool)
-      ours, theirs = fds.keep(*(end.detach() for end in socket.socketpair()))
-      marks, streams = (fds.mark(), fds.mark()), (self.streams(fds), self.streams(fds))
-      # The program first: it must not inherit anything of the tester's.
-      pid = self.spawn(tester.Server(request).run, request, [*streams[0], theirs, marks[0]])
-      program_ = watch.Child(pid, seconds, seconds * request['wall_factor'])
-      given = [*streams[1], ours, to_pool, marks[1]]
-      pid = self.spawn(lambda: tester.run_tests(request), request, given)
-      tester_ = watch.Child(pid, 2 * seconds, 2 * seconds * request['wall_factor'])
-      for fd in (ours, theirs, to_pool):
-        fds.close(fd)
-      watch.collect_pair(tester_, program_)
-      header = {
-        **program_.usage,
-        'tester_killed': tester_.killed,
-        'confined': all(map(is_marked, marks)),
-        'stderr_full': os.fstat(streams[0][2]).st_size >= request['output_bytes'],
-      }
-      return wire.pack_message(header, b'', b'', tail_of(streams[0][2]))
+    fds = [*self.streams(), *self.streams(), os.eventfd(0, _MARK), os.eventfd(0, _MARK)]
+    ours, theirs = (end.detach() for end in socket.socketpair())
+    # The program first: it must not inherit anything of the tester's.
+    pid = self.spawn(tester.Server(request).run, request, (*fds[:3], theirs, fds[6]))
+    served = watch.Child(pid, seconds, seconds * request['wall_factor'])
+    given = (*fds[3:6], ours, to_pool, fds[7])
+    pid = self.spawn(lambda: tester.run_tests(request), request, given)
+    testing = watch.Child(pid, 2 * seconds, 2 * seconds * request['wall_factor'])
+    for fd in (ours, theirs, to_pool):
+      os.close(fd)
+    watch.collect_pair(testing, served)
+    confined = all(map(is_marked, fds[6:]))
+    reply = reply_of(served, confined, fds[2], request, b'', b'', testing.killed)
+    for fd in fds:
+      os.close(fd)
+    return reply
 
-  def spawn_probe(self, act, request: dict, filtered: bool) -> tuple[dict, str, bool]:
-    """Runs one probe in a child; returns how it ended, what it said and if it was confined."""
-    with Descriptors() as fds:
-      mark, streams = fds.mark(), self.streams(fds)
-      pipe, write_end = fds.keep(*os.pipe())
-      given = [*streams, write_end, mark]
-      pid = self.spawn(lambda: probes.attempt(act), request, given, filtered)
-      fds.close(write_end)
-      child = watch.Child(pid, request['cpu_s'], request['cpu_s'] * request['wall_factor'])
-      said = watch.collect(child, pipe, 1 << 16)
-      return child.usage, said.decode(errors='replace'), is_marked(mark)
+  def spawn_probe(self, act, request: dict, filtered: bool) -> tuple[int, str, bool]:
+    """Runs one probe in a child; returns the signal that ended it, what it said and its mark."""
+    fds = [*self.streams(), *os.pipe(), os.eventfd(0, _MARK)]
+    stdin, stdout, stderr, pipe, end, mark = fds
+    os.set_blocking(pipe, False)
+    given = (stdin, stdout, stderr, end, mark)
+    pid = self.spawn(lambda: probes.attempt(act), request, given, filtered)
+    child, said = self.watch(pid, request, pipe)
+    confined = is_marked(mark)
+    for fd in fds:
+      os.close(fd)
+    return child.signal, said.decode(errors='replace'), confined
+
+
+def reply_of(
+  child: watch.Child,
+  confined: bool,
+  stderr: int,
+  request: dict,
+  report: bytes,
+  printed: bytes,
+  tester_killed: int = wire.NOTHING,
+) -> bytes:
+  """The reply on an ended child."""
+  size = os.fstat(stderr).st_size
+  tail = os.pread(stderr, wire.STDERR_TAIL, max(0, size - wire.STDERR_TAIL)) if size else b''
+  full = size >= request['output_bytes']
+  facts = (confined, full, child.exit, child.signal, child.killed, tester_killed)
+  used = (child.used_s, child.was_s, child.rss_bytes)
+  return wire.pack_reply(*facts, *used, blobs=(report, printed, tail))
 
 
 def main() -> None:
@@ -265,14 +249,14 @@ def serve(sock: socket.socket, tier: str) -> None:
   unfiltered: list[dict] = []
   try:
     preload(wide=tier == 'C' or (tier == 'B' and not confine.library_stays_readable()))
-    request = json.loads(wire.receive_frame(sock))
+    request = marshal.loads(wire.receive_frame(sock))
     zygote = Zygote(sock, tier)
     confine.confine_zygote(
       tier, lambda: unfiltered.extend(probes.run_unfiltered(zygote.spawn_probe, request))
     )
   except (OSError, ValueError) as e:
-    wire.send_frame(sock, wire.pack_message({'ready': False, 'reason': str(e)}))
+    wire.send_frame(sock, json.dumps({'ready': False, 'reason': str(e)}).encode())
     return
   reply = {'ready': True, 'probes': unfiltered + probes.run(zygote.spawn_probe, request)}
-  wire.send_frame(sock, wire.pack_message(reply))
+  wire.send_frame(sock, json.dumps(reply).encode())
   zygote.serve()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import marshal
 import os
 import socket
 import subprocess
@@ -62,7 +64,7 @@ class Zygote:
     self.sock.settimeout(_START_S)
     with socket.create_server(('127.0.0.1', 0)) as listener:
       request = {**self._probe_request(), 'port': listener.getsockname()[1]}
-      header, _ = self._exchange(request)
+      header = json.loads(self._exchange(request)[0])
     if not header['ready']:
       raise Unavailable(header['reason'])
     return _layers_of(header['probes'], self.tier)
@@ -82,18 +84,18 @@ class Zygote:
   def prove_again(self) -> None:
     """Runs the probes once more; raises SandboxError if a layer no longer applies."""
     self.sock.settimeout(_START_S)
-    header, _ = self._exchange(self._probe_request())
-    _layers_of(header['probes'], self.tier)
+    answer, _ = self._exchange(self._probe_request())
+    _layers_of(json.loads(answer)['probes'], self.tier)
 
-  def _exchange(self, request: dict, test_code: str | None = None) -> tuple[dict, list[bytes]]:
+  def _exchange(self, request: dict, test_code: str | None = None) -> tuple[bytes, bytes]:
+    """Sends a request; returns the reply, and what the tester reported if there is one."""
     try:
-      wire.send_frame(self.sock, wire.encode_header(request))
+      wire.send_frame(self.sock, marshal.dumps(request))
       records = b'' if test_code is None else self._test(test_code)
-      header, blobs = wire.unpack_message(wire.receive_frame(self.sock))
+      return wire.receive_frame(self.sock), records
     except (OSError, EOFError, ValueError) as e:
       said = os.pread(self.stderr, 2000, max(0, os.fstat(self.stderr).st_size - 2000)).decode()
       raise HarnessFailure(f'a zygote was lost: {type(e).__name__}: {e}. {said}') from None
-    return header, [records, *blobs[1:]] if test_code is not None else blobs
 
   def _test(self, test_code: str) -> bytes:
     """Hands the test code to the tester's process itself; returns what that process reports."""
@@ -116,18 +118,14 @@ class Zygote:
     tests = max(1, request['tests'])
     # A zygote stops its child itself; silence far beyond that means the zygote hangs.
     self.sock.settimeout(60 + 64 * tests * request['cpu_s'] * request['wall_factor'])
-    header, (report, stdout, stderr) = self._exchange(request, test_code)
+    answer, records = self._exchange(request, test_code)
+    facts, (report, stdout, stderr) = wire.unpack_reply(answer)
     self.served += 1
     text = stderr.decode(errors='replace')
-    if not header['confined']:
+    if not facts.pop('confined'):
       raise HarnessFailure(f'a child could not be confined: {text}')
-    names = [field.name for field in dataclasses.fields(Reply) if field.name in header]
-    return Reply(
-      records=wire.unpack_records(report, tests),
-      stdout=stdout,
-      stderr=text,
-      **{name: header[name] for name in names},
-    )
+    records = wire.unpack_records(report if test_code is None else records, tests)
+    return Reply(records=records, stdout=stdout, stderr=text, **facts)
 
   def close(self) -> None:
     """Ends the process, and with it whatever it had started."""
