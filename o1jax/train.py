@@ -62,6 +62,7 @@ def loop(run) -> dict[str, Any]:
 
 def train(arguments: cli.Arguments) -> None:
   """One run, from a checked command line to its summary."""
+  from o1jax.stages.context import NotAsked
   from o1jax.stages.report import show
   from o1jax.stages.setup import dry_run, opened
 
@@ -69,8 +70,10 @@ def train(arguments: cli.Arguments) -> None:
     dry_run(arguments.config, arguments.force)
     return
   with opened(arguments.config, arguments.stages, arguments.force) as run:
-    rows = loop(run)
-    if 'report' not in arguments.stages:
+    try:
+      rows = loop(run)
+    except NotAsked as end:
+      run.bench.progress.say(str(end))
       return
     seconds = run.seconds()
     summary = rows | {

@@ -22,6 +22,10 @@ from o1jax.stages.execute import Executor
 from o1jax.types import Problem
 
 
+class NotAsked(Exception):
+  """The loop reached a stage that `--stages` leaves out and that is not finished."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Workbench:
   """Where a stage writes and how it shows what it does; enough to train on."""
@@ -61,7 +65,7 @@ class Run:
     the session that finished it.
 
     Raises:
-      RuntimeError: the stage is not finished and was not asked for.
+      NotAsked: the stage is not finished and was not asked for.
     """
     store = self.bench.store
     done = store.done(name)
@@ -69,7 +73,7 @@ class Run:
       self.bench.progress.say(f'{name}: done already')
       return done
     if name.rsplit('/', 1)[-1] not in self.wanted:
-      raise RuntimeError(f'stage {name} is not finished and not in --stages; add it or run all')
+      raise NotAsked(f'stopped before {name}: it is not finished and not in --stages')
     self.bench.progress.stage(name, text)
     with timed() as clock:
       result = body()
