@@ -114,7 +114,9 @@ def test_corpus_elsewhere(tiers, denied, as_user, tier):
 def burners():
   """Sixteen busy processes a core."""
   count = 16 * len(os.sched_getaffinity(0))
-  running = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(count)]
+  # Each in a session of its own: the scheduler may share cores by session.
+  busy = [sys.executable, '-c', 'while True: pass']
+  running = [subprocess.Popen(busy, start_new_session=True) for _ in range(count)]
   yield
   for process in running:
     process.kill()

@@ -109,16 +109,17 @@ def set_lasting_limits(tier: str) -> None:
   if tier == 'A':
     limits[resource.RLIMIT_NPROC] = _MAX_TASKS
   for name, value in limits.items():
-    hard = resource.getrlimit(name)[1]
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    value, _ = _within_hard(name, value)
     resource.setrlimit(name, (value, value))
-  _set_soft(resource.RLIMIT_STACK, _STACK)
+  resource.setrlimit(resource.RLIMIT_STACK, _within_hard(resource.RLIMIT_STACK, _STACK))
 
 
-def _set_soft(name: int, value: int) -> None:
+def _within_hard(name: int, value: int) -> tuple[int, int]:
+  """A soft limit that may be set now, and the hard limit as it is. Infinity is -1."""
   hard = resource.getrlimit(name)[1]
-  value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-  resource.setrlimit(name, (value, hard))
+  if hard == resource.RLIM_INFINITY:
+    return value, hard
+  return (hard if value == resource.RLIM_INFINITY else min(value, hard)), hard
 
 
 class Confinement:
@@ -143,16 +144,17 @@ class Confinement:
     """
     limits = request['memory_bytes'] + _STACKS, request['output_bytes']
     if limits != self.limits:
-      _set_soft(resource.RLIMIT_AS, limits[0])
-      _set_soft(resource.RLIMIT_FSIZE, limits[1])
+      for name, value in zip((resource.RLIMIT_AS, resource.RLIMIT_FSIZE), limits, strict=True):
+        resource.setrlimit(name, _within_hard(name, value))
       self.limits = limits
 
   def lift_file_limit(self) -> None:
     """Lets the zygote itself write a file of any size, until `set_limits`."""
-    _set_soft(resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
+    limit = _within_hard(resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     self.limits = (0, 0)
 
-  def present(self, descriptors: list[int]) -> None:
+  def present(self, descriptors: tuple[int, ...]) -> None:
     """Makes `descriptors` the numbers 0, 1, 2, ... of the zygote, as its next child has them."""
     for place, fd in enumerate(descriptors):
       os.dup2(fd, place)

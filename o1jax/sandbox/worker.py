@@ -152,7 +152,7 @@ class Zygote:
       first = sealed_memfd(data)
     return [first, os.memfd_create('stdout'), os.memfd_create('stderr')]
 
-  def watch(self, pid: int, request: dict, pipe: int) -> tuple[watch.Child, bytes]:
+  def follow(self, pid: int, request: dict, pipe: int) -> tuple[watch.Child, bytes]:
     """Sees a single child through to its end; returns it and its report."""
     wall_s = request['cpu_s'] * request['wall_factor']
     child = watch.Child(pid, request['cpu_s'], wall_s, request['tests'])
@@ -168,7 +168,7 @@ class Zygote:
     again = (stdin, stdout, stderr) if batch else ()
     given = (stdin, stdout, stderr, end, *again, mark)
     pid = self.spawn(lambda: program.run(request), request, given)
-    child, report = self.watch(pid, request, pipe)
+    child, report = self.follow(pid, request, pipe)
     printed = b'' if batch else os.pread(stdout, os.fstat(stdout).st_size, 0)
     reply = reply_of(child, is_marked(mark), stderr, request, report, printed)
     for fd in fds:
@@ -203,7 +203,7 @@ class Zygote:
     os.set_blocking(pipe, False)
     given = (stdin, stdout, stderr, end, mark)
     pid = self.spawn(lambda: probes.attempt(act), request, given, filtered)
-    child, said = self.watch(pid, request, pipe)
+    child, said = self.follow(pid, request, pipe)
     confined = is_marked(mark)
     for fd in fds:
       os.close(fd)
