@@ -166,12 +166,11 @@ class SearchConfig(Section):
   depth_limit: Count = 9  # steps
   c: NonNegative = 2.0  # exploration
   c_schedule: Literal['constant', 'linear', 'exponential'] = 'constant'  # to a tenth
-  rule: Literal['uct', 'puct'] = 'uct'
   temperature: Positive = 1.0
   top_k: Natural = 0  # 0: no truncation
   top_p: Share = 1.0
   guided_children: Count = 6  # of a PRM-guided descent, from round 1
-  guided_descents: Natural = 2  # for each problem; 0: none
+  guided_descents: Natural = 2  # for each problem; 0: UCT in every round
   rows: Count = 256  # decoded at once
   compile_weight: Share = 0.0  # the method's `a`: credit for a program that compiles
 
@@ -275,8 +274,6 @@ class EvalConfig(Section):
   temperature: Positive = 1.0
   rows: Count = 256  # decoded at once
   search_children: Count = 6  # steps the PRM chooses from
-  search_beam: Count = 1
-  search_tokens: Natural = 0  # budget for a problem; 0: what majority and best-of-n spend
   bootstrap: Count = 1000  # resamples of an interval
   sampling_control: bool = True  # synthesis beside plain sampling at equal tokens
   test_time: bool = True  # majority, best-of-n and search with the PRM
@@ -286,11 +283,12 @@ class SandboxConfig(Section):
   """Limits of one program under test."""
 
   workers: Count | None = None  # None: one a core
-  cpu_s: Positive = 2.0  # CPU seconds for a test
-  wall_factor: Positive = 10.0  # wall limit = this times cpu_s
+  cpu_s: Positive = 2.0  # CPU seconds for a test where no reference program tells
+  headroom: Positive = 3.0  # else this times what the reference needs, and at least 0.1 s
+  wall_factor: Positive = 10.0  # wall limit = this times the CPU limit
   memory_mb: Count = 256
   output_kb: Count = 64
-  allow_unsafe: bool = False  # run without isolation where the machine offers none
+  allow_unsafe: str = ''  # 'run programs without a sandbox', where the machine offers none
   url: str | None = None  # a judge service instead of local workers
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from o1jax.data import steps as steps_lib
 from o1jax.sandbox.pool import Pool
-from o1jax.sandbox.protocol import Job
+from o1jax.sandbox.protocol import Job, Limits
 from o1jax.types import (
+  ACCEPTED,
   COMPILE_ERROR,
   WRONG_ANSWER,
   Problem,
@@ -17,13 +18,6 @@ from o1jax.types import (
   Verdict,
 )
 
-# Above this share of masked verdicts the sandbox, not the programs, is at fault.
-_MAX_MASKED = 0.05
-
-
-class SandboxFault(RuntimeError):
-  """Too many programs could not be judged."""
-
 
 class Executor:
   """Judges programs of problems, with a memory of what it has run.
@@ -32,11 +26,12 @@ class Executor:
   function of program and tests, so it is kept.
   """
 
-  def __init__(self, pool: Pool):
+  def __init__(self, pool: Pool, headroom: float = 3.0):
+    """Programs get `headroom` times the CPU seconds that their problem's reference needs."""
     self._pool = pool
+    self._headroom = headroom
+    self._limits: dict[str, Limits] = {}
     self._known: dict[tuple[str, tuple[TestCase, ...], str], Verdict] = {}
-    self.executed = 0
-    self.masked = 0
 
   def judge(
     self,
@@ -50,29 +45,33 @@ class Executor:
     `tests` replaces each problem's own.
 
     Raises:
-      SandboxFault: more than one in twenty programs could not be judged.
+      SandboxError: too many programs could not be judged, or a layer stopped applying.
     """
     tests = [p.tests for p in problems] if tests is None else tests
+    self._time_references(problems)
     keys, jobs = [], {}
     for problem, path, cases in zip(problems, paths, tests, strict=True):
       code = steps_lib.program_of(path)
       key = None if code is None else (problem.id, tuple(cases), code)
       keys.append(key)
       if key is not None and key not in self._known and key not in jobs:
-        jobs[key] = Job(code, tuple(cases), problem.entry_point, problem.test_code)
+        limits = self._limits.get(problem.id)
+        jobs[key] = Job(code, tuple(cases), problem.entry_point, problem.test_code, limits)
     for key, verdict in zip(jobs, self._pool.judge(list(jobs.values())), strict=True):
       self._known[key] = verdict
-      self.masked += verdict.masked
-    self.executed += len(jobs)
-    if self.executed >= 200 and self.masked > _MAX_MASKED * self.executed:
-      raise SandboxFault(
-        f'{self.masked} of {self.executed} programs could not be judged; '
-        'run `python -m o1jax.sandbox --doctor`'
-      )
     return [
       self._without_program(path, cases) if key is None else self._known[key]
       for key, path, cases in zip(keys, paths, tests, strict=True)
     ]
+
+  def _time_references(self, problems: Sequence[Problem]) -> None:
+    """Runs the references of problems not met before; a trusted one sets the CPU limit."""
+    new = {p.id: p for p in problems if p.solutions and p.id not in self._limits}
+    jobs = [Job(p.solutions[0], p.tests, p.entry_point, p.test_code) for p in new.values()]
+    for key, verdict in zip(new, self._pool.judge(jobs) if jobs else (), strict=True):
+      trusted = verdict.status == ACCEPTED
+      limits = self._pool.limits
+      self._limits[key] = limits.with_headroom(verdict, self._headroom) if trusted else limits
 
   @staticmethod
   def _without_program(path: tuple[Step, ...], cases: Sequence[TestCase]) -> Verdict | None:

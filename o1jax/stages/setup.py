@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import logging
 import pathlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from o1jax.parallel.sharding import batch_sharding, param_shardings
 from o1jax.run.metrics import Metrics
 from o1jax.run.progress import Progress
 from o1jax.run.store import Store, check_folder
-from o1jax.sandbox.pool import ALLOW_UNSAFE, Pool
+from o1jax.sandbox.pool import Pool
 from o1jax.sandbox.protocol import Limits, SandboxError
 from o1jax.stages.context import Run, Workbench
 from o1jax.stages.execute import Executor
@@ -47,6 +48,7 @@ def opened(config: Config, wanted: Sequence[str], force: bool = False) -> Iterat
     Store(config, force) as store,
     Metrics(store.dir, config.metrics.tensorboard) as metrics,
     _pool(config) as pool,
+    _log_file(store.dir / 'run.log'),
   ):
     bench = Workbench(store, metrics, Progress(), mesh, config.run.log_every)
     _, base = hf.load(model_folder(config))
@@ -64,7 +66,7 @@ def opened(config: Config, wanted: Sequence[str], force: bool = False) -> Iterat
       model,
       base,
       **splits,
-      executor=Executor(pool),
+      executor=Executor(pool, config.sandbox.headroom),
       wanted=frozenset(wanted) | ({'tcg_tests'} if 'tcg' in wanted else set()),
     )
 
@@ -98,6 +100,23 @@ def step_bytes(config: Config, model: Model) -> int:
   activations = tokens * arch.num_layers * width * 4
   logits = min(tokens * arch.vocab_size * 4, 64 << 20) * 3
   return 4 * weights + activations + logits
+
+
+@contextmanager
+def _log_file(path: pathlib.Path) -> Iterator[None]:
+  """What the project logs while the run is open, the sandbox's tier at every batch included."""
+  logger = logging.getLogger('o1jax')
+  handler = logging.FileHandler(path, encoding='utf-8')
+  handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+  before = logger.level
+  logger.addHandler(handler)
+  logger.setLevel(logging.INFO)
+  try:
+    yield
+  finally:
+    logger.setLevel(before)
+    logger.removeHandler(handler)
+    handler.close()
 
 
 def _checked(config: Config):
@@ -185,8 +204,7 @@ def _pool(config: Config) -> Pool:
     memory_bytes=section.memory_mb << 20,
     output_bytes=section.output_kb << 10,
   )
-  unsafe = ALLOW_UNSAFE if section.allow_unsafe else ''
   try:
-    return Pool(section.workers, limits, allow_unsafe=unsafe, url=section.url or '')
+    return Pool(section.workers, limits, allow_unsafe=section.allow_unsafe, url=section.url or '')
   except (SandboxError, ValueError) as error:
     raise ConfigError('sandbox', [str(error)]) from None

@@ -77,6 +77,8 @@ def synthesize(run: Run, round_: int, policy: Any, prm: Any | None) -> list[Traj
   """
   name = f'round{round_}/synthesis'
   chunks = run.bench.store.chunks(name, 'trajectories')
+  if not run.config.search.guided_descents:
+    prm = None
   find = _uct(run, policy) if prm is None else _guided(run, policy, prm)
 
   def body() -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""Programs to verdicts: the reference's time is the limit, and nothing runs twice."""
+
+import pytest
+
+from o1jax.data.steps import program_step
+from o1jax.sandbox.pool import Pool
+from o1jax.sandbox.protocol import Limits
+from o1jax.stages.execute import Executor
+from o1jax.types import ACCEPTED, COMPILE_ERROR, TIME_LIMIT, Problem, Step, TestCase
+
+DOUBLE = 'print(2 * int(input()))'
+TESTS = (TestCase('1', '2'), TestCase('4', '8'))
+PROBLEM = Problem('double', 'double it', tests=TESTS, solutions=(DOUBLE,))
+SLOW = 'import time\nwhile time.process_time() < 0.6: pass\n' + DOUBLE
+
+
+class Counting(Pool):
+  jobs = 0
+
+  def judge(self, jobs):
+    self.jobs += len(jobs)
+    return super().judge(jobs)
+
+
+@pytest.fixture(scope='module')
+def pool():
+  with Counting(1, Limits(cpu_s=5.0)) as running:
+    yield running
+
+
+def statuses(executor, problem, *paths):
+  got = executor.judge([problem] * len(paths), paths)
+  return [None if v is None else v.status for v in got]
+
+
+def test_cut_paths_and_missing_programs(pool):
+  plan = Step(1, 'plan')
+  prose = Step(3, 'no program here')
+  got = statuses(Executor(pool), PROBLEM, (), (plan,), (plan, prose), (program_step(DOUBLE),))
+  assert got == [None, None, COMPILE_ERROR, ACCEPTED]
+
+
+def test_each_program_runs_once(pool):
+  executor = Executor(pool)
+  path = (program_step(DOUBLE),)
+  statuses(executor, PROBLEM, path, path)
+  before = pool.jobs
+  assert statuses(executor, PROBLEM, path) == [ACCEPTED]
+  assert pool.jobs == before
+
+
+def test_the_reference_sets_the_cpu_limit(pool):
+  path = (program_step(SLOW),)
+  assert statuses(Executor(pool), PROBLEM, path) == [TIME_LIMIT]
+  untimed = Problem('no reference', '', tests=TESTS)
+  assert statuses(Executor(pool), untimed, path) == [ACCEPTED]
+  wrong = Problem('wrong reference', '', tests=TESTS, solutions=('print(0)',))
+  assert statuses(Executor(pool), wrong, path) == [ACCEPTED]
