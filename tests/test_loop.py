@@ -1,8 +1,11 @@
 """The six steps end to end, by the command that a user types."""
 
+import contextlib
 import json
 import os
 import pathlib
+import random
+import signal
 import subprocess
 import sys
 
@@ -11,16 +14,54 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def train(tmp_path, *extra):
-  command = [sys.executable, '-m', 'o1jax.train', '--config', str(ROOT / 'configs/smoke.yaml')]
-  return subprocess.run(
-    [*command, f'run.dir={tmp_path / "run"}', *extra],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    env={k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'},  # one device, as a user has
-    timeout=1500,
-  )
+RESULTS = ('policy', 'tcg', 'prm', 'search')  # of a summary, without seconds and memory
+COMMAND = [sys.executable, '-m', 'o1jax.train', '--config', str(ROOT / 'configs/smoke.yaml')]
+# One device, as a user has.
+PLAIN = {'cwd': ROOT, 'env': {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}}
+
+
+def train(folder, *extra):
+  command = [*COMMAND, f'run.dir={folder}', *extra]
+  return subprocess.run(command, capture_output=True, text=True, timeout=1500, **PLAIN)
+
+
+def summary_of(folder):
+  summary = json.loads((folder / 'summary.json').read_text())
+  return {key: _untimed(summary[key]) for key in RESULTS}
+
+
+def _untimed(rows):
+  return [{k: v for k, v in row.items() if k != 'seconds'} for row in rows]
+
+
+def events(folder):
+  """How far a run is: lines of metrics, chunks of data and finished stages."""
+  metrics = folder / 'metrics.jsonl'
+  lines = metrics.read_text().count('\n') if metrics.exists() else 0
+  stages = folder / 'stages'
+  return lines + sum(1 for name in ('done.json', '0*.jsonl') for _ in stages.rglob(name))
+
+
+def killed_after(folder, progress, delay_s):
+  """Starts a run and kills it `delay_s` after `progress` more events; whether it was killed."""
+  before = events(folder)
+  command = [*COMMAND, f'run.dir={folder}']
+  with subprocess.Popen(command, stdout=subprocess.DEVNULL, **PLAIN) as process:
+    while process.poll() is None and events(folder) < before + progress:
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(0.05)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      process.wait(delay_s)
+    process.kill()
+  return process.returncode == -signal.SIGKILL
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('whole') / 'run'
+  got = train(folder)
+  assert got.returncode == 0, got.stderr[-3000:]
+  return folder
 
 
 @pytest.mark.parametrize(
@@ -36,7 +77,7 @@ def train(tmp_path, *extra):
   ],
 )
 def test_a_bad_config_is_one_clear_error(tmp_path, fault, told):
-  got = train(tmp_path, fault, '--dry-run')
+  got = train(tmp_path / 'run', fault, '--dry-run')
   assert got.returncode == 2, got.stderr[-2000:]
   assert told in got.stderr
   assert 'Traceback' not in got.stderr
@@ -44,17 +85,25 @@ def test_a_bad_config_is_one_clear_error(tmp_path, fault, told):
 
 
 @pytest.mark.slow
-def test_the_six_steps_run_and_run_again_for_nothing(tmp_path):
-  first = train(tmp_path)
-  assert first.returncode == 0, first.stderr[-3000:]
-  summary = json.loads((tmp_path / 'run/summary.json').read_text())
-  stages = [row['stage'] for row in summary['policy']]
-  assert stages[:3] == ['base', 'round0/sft', 'round0/rl']
+def test_the_six_steps_run_and_run_again_for_nothing(whole):
+  summary = summary_of(whole)
+  assert [row['stage'] for row in summary['policy']][:3] == ['base', 'round0/sft', 'round0/rl']
   assert [row['stage'] for row in summary['tcg']] == ['base', 'sft', 'sft_control', 'dpo']
   assert [row['round'] for row in summary['prm']] == [0, 1]
   assert len(summary['search']) == 3
-  again = train(tmp_path)
+  again = train(whole)
   assert again.returncode == 0, again.stderr[-3000:]
-  kept = json.loads((tmp_path / 'run/summary.json').read_text())
-  for key in ('policy', 'tcg', 'prm', 'search'):
-    assert kept[key] == summary[key]
+  assert summary_of(whole) == summary
+
+
+@pytest.mark.slow
+def test_killed_ten_times_it_ends_with_the_same_summary(whole, tmp_path):
+  folder = tmp_path / 'run'
+  each = events(whole) // 10
+  rng = random.Random(0)
+  kills = [killed_after(folder, rng.randint(1, each), rng.random()) for _ in range(10)]
+  assert all(kills), kills
+  assert not (folder / 'summary.json').exists()
+  last = train(folder)
+  assert last.returncode == 0, last.stderr[-3000:]
+  assert summary_of(folder) == summary_of(whole)

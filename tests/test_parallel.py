@@ -8,7 +8,6 @@ from jax.sharding import PartitionSpec as P
 
 from o1jax.models import Model, ModelConfig, StepHead
 from o1jax.parallel import batch_sharding, make_mesh, param_shardings, replicated, shard
-from o1jax.parallel.hugepages import TUNABLE
 
 MODEL = Model(ModelConfig(64, 32, 2, 4, 2, 48, initializer_range=0.2, max_position=32))
 MESHES = ({}, {'data': 2}, {'data': 4, 'fsdp': 2}, {'data': 2, 'fsdp': 2, 'tensor': 2})
@@ -110,21 +109,3 @@ def test_batch_and_model_errors_name_both_numbers():
   wrong = MODEL.shapes() | {'layers': {}}
   with pytest.raises(ValueError, match='do not have the structure of the model'):
     param_shardings(mesh, MODEL, wrong)
-
-
-def test_restart_with_huge_pages_happens_once(monkeypatch):
-  from o1jax.parallel import hugepages
-
-  calls = []
-  monkeypatch.setattr(hugepages.os, 'execv', lambda *args: calls.append(args))
-  monkeypatch.setattr(
-    hugepages,
-    '_SWITCH',
-    type('S', (), {'is_file': lambda: True, 'read_text': lambda: 'always [madvise] never'}),
-  )
-  monkeypatch.delenv('GLIBC_TUNABLES', raising=False)
-  hugepages.restart_with_huge_pages()
-  hugepages.restart_with_huge_pages()  # the restarted program finds the variable set
-  assert len(calls) == 1
-  assert hugepages.os.environ['GLIBC_TUNABLES'] == TUNABLE
-  monkeypatch.delenv('GLIBC_TUNABLES')

@@ -1,8 +1,10 @@
 """The sandbox's pure parts: encoding, comparing, judging, reading jobs. No process is started."""
 
+import concurrent.futures
 import contextlib
 import json
 import math
+import sys
 
 import pytest
 from hypothesis import given
@@ -423,3 +425,14 @@ def test_filters_do_what_they_say(machine):
   )
   assert small_says('fcntl', 3, 4) == ALLOW and small_says('fcntl', 3, 8) & 0xFFFF == 1
   assert small_says('read') == ALLOW
+
+
+def test_programs_are_parsed_by_many_threads_at_once():
+  source = 'def solve(a):\n  return ' + ' + '.join(f'(a[{i}] * {i})' for i in range(300))
+  before = sys.getswitchinterval()
+  sys.setswitchinterval(1e-6)
+  try:
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+      assert all(threads.map(isolated, [source] * 400))
+  finally:
+    sys.setswitchinterval(before)

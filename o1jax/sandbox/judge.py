@@ -97,7 +97,7 @@ def isolated(code: str) -> bool:
   it imported and names no function that reaches the interpreter's shared state.
   """
   try:
-    tree = ast.parse(code)
+    tree = ast.Module(tester.parse(code), [])
   except (SyntaxError, ValueError, RecursionError, MemoryError):
     return False
   shared, stateless = set(_SHARED_STATE.split()), set(_STATELESS.split())

@@ -13,6 +13,7 @@ Descriptors of the program: 0-2, 3 the tester. Of the tester: 0-2, 3 the program
 from __future__ import annotations
 
 import _ast
+import _thread
 import builtins
 import itertools
 import os
@@ -25,6 +26,9 @@ from typing import Any
 from o1jax.sandbox import codec, program, wire
 
 PROGRAM_FD, POOL_FD = 3, 4
+# CPython 3.11 counts the depth of all trees under construction in one place: two threads at it
+# at once raise SystemError.
+_PARSING = _thread.allocate_lock()
 _MAX_ITEMS = 100_000  # of an iterator that the tester asks to see
 # What test code uses without importing it, because the program's own head used to.
 _MODULES = 'cmath collections copy datetime heapq itertools math random re typing'
@@ -47,9 +51,10 @@ class Channel:
       view = view[os.write(self.fd, view) :]
 
 
-def parse(test_code: str) -> list[_ast.stmt]:
-  """The top-level statements of test code; raises what `compile` raises."""
-  return compile(test_code, 'tests.py', 'exec', _ast.PyCF_ONLY_AST, dont_inherit=True).body
+def parse(source: str) -> list[_ast.stmt]:
+  """The top-level statements of a program; raises what `compile` raises. Safe in threads."""
+  with _PARSING:
+    return compile(source, 'tests.py', 'exec', _ast.PyCF_ONLY_AST, dont_inherit=True).body
 
 
 def count_tests(test_code: str) -> int:

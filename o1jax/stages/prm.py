@@ -118,10 +118,9 @@ def sibling_metrics(
 ) -> dict[str, float]:
   """How well step scores order siblings of held-out trees, beside the policy's log-prob.
 
-  A step is good if a roll-out through it was accepted (mean return of 1 somewhere
-  below is not asked; its value is above every failing sibling's). AUC is over all
-  (good, bad) sibling pairs, ties count half; pair accuracy is over siblings whose
-  mean returns differ by more than `prm.pair_margin`.
+  A step is good if some roll-out through it was accepted, bad if none was. AUC is
+  over all (good, bad) sibling pairs of a prefix, ties count half; pair accuracy is
+  over siblings whose mean returns differ by more than `prm.pair_margin`.
 
   Args:
     run: the run.

@@ -29,7 +29,7 @@ from o1jax.stages.fit import fit, optimizer, place
 from o1jax.stages.policy_sft import verified_documents
 from o1jax.stages.rollouts import Rollouts, aggregate, roll_out, rollout_batch
 from o1jax.stages.synthesis import as_trajectories
-from o1jax.types import Problem, TestCase, Trajectory
+from o1jax.types import TestCase, Trajectory
 
 _KL = {'k1': returns_lib.kl_k1, 'k2': returns_lib.kl_k2, 'k3': returns_lib.kl_k3}
 
@@ -256,17 +256,15 @@ def expert_iteration(
   store, config = run.bench.store, run.config
 
   def body() -> dict[str, Any]:
-    each = max(1, round(tokens / (30 * len(run.train))))
     drawn: list[Trajectory] = []
     spent = 0
-    while spent < tokens:
-      draw = sampler(run, Drawing(config.rl.temperature), config.search.rows)
-      prompts = [run.encoder.prompt(p) for p in run.train]
-      batch = draw(policy, prompts, seed=seed + spent, ids=name_ids(run.train), samples=each)
+    draw = sampler(run, Drawing(config.rl.temperature), config.search.rows)
+    prompts = [run.encoder.prompt(p) for p in run.train]
+    while spent < tokens:  # one path a problem and pass
+      batch = draw(policy, prompts, seed=seed + spent, ids=name_ids(run.train))
       spent += batch.generated
-      repeated: list[Problem] = [p for p in run.train for _ in range(each)]
-      paths = [run.encoder.steps_of(batch.ids(i)) for i in range(len(repeated))]
-      drawn += as_trajectories(run, repeated, paths, origin=name, version=0)
+      paths = [run.encoder.steps_of(batch.ids(i)) for i in range(len(run.train))]
+      drawn += as_trajectories(run, run.train, paths, origin=name, version=0)
     limit = config.policy_sft.max_paths_per_problem
     documents = verified_documents(run, [*found, *drawn], limit=limit, seed=seed)
     data = batches(pack(documents, run.row_tokens), batch=config.policy_sft.optim.batch, seed=seed)
