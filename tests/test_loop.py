@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -38,8 +39,9 @@ def events(folder):
   """How far a run is: lines of metrics, chunks of data and finished stages."""
   metrics = folder / 'metrics.jsonl'
   lines = metrics.read_text().count('\n') if metrics.exists() else 0
-  stages = folder / 'stages'
-  return lines + sum(1 for name in ('done.json', '0*.jsonl') for _ in stages.rglob(name))
+  # os.walk passes over a folder that the run renames while we look; rglob raises.
+  names = [name for _, _, files in os.walk(folder / 'stages') for name in files]
+  return lines + sum(name == 'done.json' or bool(re.fullmatch(r'0.*\.jsonl', name)) for name in names)
 
 
 def killed_after(folder, progress, delay_s):
