@@ -41,7 +41,9 @@ def events(folder):
   lines = metrics.read_text().count('\n') if metrics.exists() else 0
   # os.walk passes over a folder that the run renames while we look; rglob raises.
   names = [name for _, _, files in os.walk(folder / 'stages') for name in files]
-  return lines + sum(name == 'done.json' or bool(re.fullmatch(r'0.*\.jsonl', name)) for name in names)
+  return lines + sum(
+    name == 'done.json' or bool(re.fullmatch(r'0.*\.jsonl', name)) for name in names
+  )
 
 
 def killed_after(folder, progress, delay_s):
