@@ -270,6 +270,15 @@ def test_a_batch_goes_on_behind_the_test_that_ended_it():
   assert verdict.passed == 4
 
 
+@pytest.mark.parametrize('code', ['print(1)', SHARES_STATE])
+def test_a_batch_has_as_many_tests_on_stdin_as_a_child_has_descriptors(monkeypatch, code):
+  monkeypatch.setattr(wire, 'BATCH_INPUTS', 2)
+  children = Children(RIGHT | {'3': 'x'}, {'3': 'x'})
+  verdict = judge(Job(code, TESTS), LIMITS, children)
+  assert children.asked[:3] == [(wire.BATCH, part) for part in (['0', '1'], ['2', '3'], ['4'])]
+  assert (verdict.passed, len(children.asked)) == (4, 4 if code == SHARES_STATE else 3)
+
+
 def test_after_some_timeouts_the_rest_does_not_run():
   late = reply(killed=wire.CPU, exit=-1)
   children = Children({}, dict.fromkeys(RIGHT, late), killed=wire.CPU, exit=-1)

@@ -1,6 +1,8 @@
 """The pool with real zygotes: verdicts, failures, layers that do not hold, other ways in."""
 
 import contextlib
+import errno
+import fcntl
 import functools
 import io
 import json
@@ -8,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from o1jax import types
-from o1jax.sandbox import Job, Limits, Pool, SandboxError, pool, zygote
+from o1jax.sandbox import Job, Limits, Pool, SandboxError, pool, wire, zygote
 from o1jax.sandbox import __main__ as command
 from o1jax.sandbox.judge import HarnessFailure
 from o1jax.types import TestCase
@@ -35,6 +38,49 @@ def test_verdicts_come_in_order_with_times(sandbox):
   verdicts = sandbox.judge([RIGHT, WRONG] * 10)
   assert [v.status for v in verdicts] == [types.ACCEPTED, types.WRONG_ANSWER] * 10
   assert all(0 < t.cpu_s < 0.5 and t.wall_s > 0 for v in verdicts for t in v.tests)
+
+
+READERS = {  # each prints the first line and leaves the second
+  'input': 'print(input())',
+  'readline': 'import sys\nprint(sys.stdin.readline())',
+  'binary readline': 'import sys\nprint(sys.stdin.buffer.readline().decode())',
+  'peek': 'import sys\nprint(sys.stdin.buffer.peek().decode().split("\\n")[0])',
+  'iterator': 'import sys\nprint(next(sys.stdin))',
+  'open(0)': 'print(open(0).readline())',
+  'os.read': 'import os\nprint(os.read(0, 99).decode().split("\\n")[0])',
+  'closes it': 'import sys\nprint(input())\nsys.stdin.close()',
+}
+
+
+def test_each_test_of_a_batch_reads_its_own_input(sandbox):
+  many = wire.BATCH_INPUTS * 2 + 3
+  tests = tuple(TestCase(f'{i} x\nrest {i}\n', f'{i} x') for i in range(many))
+  verdicts = sandbox.judge([Job(code, tests) for code in READERS.values()])
+  passed = dict(zip(READERS, (v.passed for v in verdicts), strict=True))
+  assert passed == dict.fromkeys(READERS, many)
+
+
+def test_stdin_is_sealed_in_every_test_of_a_batch(sandbox):
+  write = """
+    import fcntl, os
+    for act in (lambda: os.pwrite(0, b'x', 0), lambda: os.ftruncate(0, 0),
+                lambda: os.ftruncate(0, 99)):
+      try: act()
+      except OSError as e: print(e.errno, end=' ')
+    print(fcntl.fcntl(0, fcntl.F_GET_SEALS))
+  """
+  seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+  said = f'{errno.EPERM} {errno.EPERM} {errno.EPERM} {seals}'
+  job = Job(textwrap.dedent(write), tuple(TestCase(f'{i}', said) for i in range(3)))
+  call = Job(
+    textwrap.dedent(f"""
+      import fcntl
+      def f(n): return fcntl.fcntl(0, {fcntl.F_GET_SEALS})
+    """),
+    tuple(TestCase(f'[{i}]', str(seals)) for i in range(3)),
+    'f',
+  )
+  assert [v.passed for v in sandbox.judge([job, call])] == [3, 3]
 
 
 def test_stderr_is_the_end_of_the_traceback(sandbox):

@@ -12,7 +12,7 @@ import os
 import resource
 from collections.abc import Callable
 
-from o1jax.sandbox import landlock, libc, namespaces, seccomp, syscalls
+from o1jax.sandbox import landlock, libc, namespaces, seccomp, syscalls, wire
 
 TIERS = ('A', 'B', 'C')
 UNSAFE = 'unsafe'
@@ -21,9 +21,9 @@ _SHARED = ('/lib', '/lib64', '/usr/lib', '/usr/lib64')
 _ZONES = '/usr/share/zoneinfo'
 _STACK = 128 << 20  # bytes that the main thread's stack may grow to
 _STACKS = 512 << 20  # bytes of address space on top of the memory limit, for thread stacks
-_MAX_FILES = 64
+_MAX_FILES = 128  # a zygote has the inputs of a batch twice
 _MAX_TASKS = 160  # threads; only where the namespace makes the count this program's own
-PLACES = 8  # the descriptors of children: at most seven, and the mark
+PLACES = 7 + wire.BATCH_INPUTS  # the descriptors of children: the last one is the mark
 
 
 def library() -> str:

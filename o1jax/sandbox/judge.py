@@ -200,12 +200,14 @@ class Judgement:
     self.results[index] = strict_result(reply, self.job, test, self.limits)
 
   def _run_batch(self, start: int) -> tuple[int, bool]:
-    """Runs tests from `start` on in one child.
+    """Runs tests from `start` on in one child, of those that read stdin as many as it can hold.
 
     Returns the first test without a result, and whether the child ended for a reason of its
     own there: then that test has to run alone.
     """
-    tests = self.tests[start:]
+    most = len(self.tests) if self.job.entry_point is not None else wire.BATCH_INPUTS
+    tests = self.tests[start : start + most]
+    end = start + len(tests)
     reply = self.ask(request_for(wire.BATCH, self.job, self.limits, tests))
     self._keep_stderr(reply)
     if reply.rss_bytes > self.limits.memory_bytes:
@@ -223,23 +225,23 @@ class Judgement:
         status = types.TIME_LIMIT
       self.results[at] = TestResult(status, cpu_s, wall_s)
       at += 1
-    if at < len(self.tests) and reply.killed == wire.CPU and self._is_isolated():
+    if at < end and reply.killed == wire.CPU and self._is_isolated():
       self.results[at] = TestResult(types.TIME_LIMIT, self.limits.cpu_s, reply.wall_s)
       return at + 1, False
-    if at == len(self.tests) and not reply.clean:
-      self.results[start:] = [None] * len(tests)
+    if at == end and not reply.clean:
+      self.results[start:end] = [None] * len(tests)
       return start, True
-    return at, True
+    return at, at < end
 
   def run_all(self) -> None:
     """A batch, further batches behind a test that ended one, and single runs where needed."""
     at, total = 0, len(self.tests)
     while at < total and not self._out_of_time():
       reached, alone = self._run_batch(at)
-      if reached == at or (reached < total and not self._is_isolated()):
+      if reached == at or (alone and not self._is_isolated()):
         break
       at = reached
-      if at < total and alone:
+      if alone:
         self._run_strict(at)
         at += 1
     first = self.results[0]

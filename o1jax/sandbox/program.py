@@ -4,8 +4,9 @@ Everything here runs in the hostile process, after it has been confined. Nothing
 is trusted: a program that tampers with it can only change what it reports of itself,
 and a report holds outputs, never a verdict.
 
-The descriptors of a child: 0 stdin, 1 stdout, 2 stderr (memfds), 3 the report.
-In a batch 4, 5 and 6 are second handles on the first three, to start each test afresh.
+The descriptors of a child: 0 stdin, 1 stdout, 2 stderr (memfds), 3 the report. In a batch
+4 and 5 are second handles on stdout and stderr, to start each test afresh, and from 6 on
+stand the inputs of the tests, sealed; a batch of calls has one, which is empty.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import types
 from o1jax.sandbox import codec, wire
 
 REPORT_FD = 3
+_STDOUT, _STDERR, _INPUTS = 4, 5, 6
 FILE = 'solution.py'  # what a program is called in its own traceback
 _FLUSH_AFTER_S = 0.02  # results are not held back longer than this, so a killed child keeps them
 _FLUSH_BYTES = 32 << 10
@@ -96,6 +98,7 @@ def renew_streams() -> None:
   """Makes the streams as good as new: the same objects if the last test left them in place."""
   try:
     if (sys.stdin, sys.stdout, sys.stderr) == _streams and not any(s.closed for s in _streams):
+      sys.stdin.seek(0, 2)  # drops what was read ahead: a seek within it would keep it
       sys.stdin.seek(0)
       return
   except Exception:  # detached, or replaced by something that cannot be compared
@@ -187,27 +190,20 @@ class Batch:
     self.limit = request['output_bytes']
     self.report = report
 
-  def _start_test(self, text: str, first: bool) -> bool:
-    """Makes ready for a test; False if its input is too long for a file of this process."""
-    if self.entry_point is None:
-      data = text.encode(errors='surrogatepass')
-      if os.pwrite(4, data, 0) < len(data):
-        return False
-      os.ftruncate(4, len(data))
-    if first:
-      return True
-    os.lseek(4, 0, os.SEEK_SET)
-    os.ftruncate(5, 0)
-    os.lseek(5, 0, os.SEEK_SET)
-    if os.fstat(6).st_size > self.limit // 2:  # stderr adds up over the tests
-      os.ftruncate(6, 0)
-    for fd in range(3):
-      os.dup2(fd + 4, fd)  # the last test may have closed it
-    os.lseek(6, 0, os.SEEK_END)
+  def _start_test(self, index: int) -> None:
+    """Makes ready for a test behind the first, which finds everything ready."""
+    stdin = _INPUTS + index if self.entry_point is None else _INPUTS
+    os.ftruncate(_STDOUT, 0)
+    if os.fstat(_STDERR).st_size > self.limit // 2:  # stderr adds up over the tests
+      os.ftruncate(_STDERR, 0)
+    for fd, source in enumerate((stdin, _STDOUT, _STDERR)):
+      os.dup2(source, fd)  # the last test may have closed it
+    os.lseek(0, 0, os.SEEK_SET)
+    os.lseek(1, 0, os.SEEK_SET)
+    os.lseek(2, 0, os.SEEK_END)
     sys.setrecursionlimit(1000)
     sys.argv = [FILE]
     renew_streams()
-    return True
 
   def _end_test(self, kind: int, payload: bytes) -> tuple[int, bytes]:
     for thread in threading.enumerate():
@@ -219,15 +215,14 @@ class Batch:
       return wire.BAIL, b''
     end_program(self.source)
     if kind == wire.OUTPUT and self.entry_point is None:
-      payload = os.pread(5, os.fstat(5).st_size, 0)
+      payload = os.pread(_STDOUT, os.fstat(_STDOUT).st_size, 0)
     return kind, payload
 
   def run(self, code: types.CodeType) -> None:
     """Reports one record per test; stops where only a process of its own can tell."""
     for index, text in enumerate(self.inputs):
-      if not self._start_test(text, first=index == 0):
-        self.report.add(wire.BAIL, 0.0, 0.0, b'')
-        break
+      if index:
+        self._start_test(index)
       cpu, wall = time.process_time(), time.monotonic()
       try:
         kind, payload = wire.OUTPUT, run_once(code, self.entry_point, text)
@@ -237,7 +232,7 @@ class Batch:
         kind, payload = self._end_test(kind, payload)
       except BaseException as e:
         kind, payload = outcome_of(e)
-      written = max(os.fstat(5).st_size, os.fstat(6).st_size, len(payload))
+      written = max(os.fstat(_STDOUT).st_size, os.fstat(_STDERR).st_size, len(payload))
       if kind != wire.BAIL and written >= self.limit:
         kind, payload = wire.OVERFLOW, b''
       self.report.add(kind, time.process_time() - cpu, time.monotonic() - wall, payload)

@@ -37,6 +37,7 @@ COMPILE = 6  # not a Python program; payload: the message
 BAIL = 7  # this test and those behind it must run in a process of their own
 
 BATCH, STRICT, CHECK, PROBE = 'batch', 'strict', 'check', 'probe'
+BATCH_INPUTS = 32  # tests on stdin in one batch: each has a descriptor of its own
 
 STDERR_TAIL = 2000  # bytes of standard error that a verdict keeps
 

@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 
 from o1jax.sandbox import confine, libc, probes, program, tester, watch, wire
 
@@ -141,16 +142,15 @@ class Zygote:
     finally:
       os._exit(status)
 
-  def streams(self, stdin: str | None = None) -> list[int]:
-    """Files in memory for a child's 0, 1 and 2; the first is sealed if it has content."""
-    if stdin is None:
-      first = os.memfd_create('stdin')
-    else:
-      data = stdin.encode(errors='surrogatepass')
+  def streams(self, inputs: Sequence[str] = ('',)) -> list[int]:
+    """Files in memory for a child's stdout and stderr, then a sealed one for each input."""
+    fds = [os.memfd_create('stdout'), os.memfd_create('stderr')]
+    for text in inputs:
+      data = text.encode(errors='surrogatepass')
       if len(data) >= self.confinement.limits[1]:
         self.confinement.lift_file_limit()
-      first = sealed_memfd(data)
-    return [first, os.memfd_create('stdout'), os.memfd_create('stderr')]
+      fds.append(sealed_memfd(data))
+    return fds
 
   def follow(self, pid: int, request: dict, pipe: int) -> tuple[watch.Child, bytes]:
     """Sees a single child through to its end; returns it and its report."""
@@ -161,12 +161,12 @@ class Zygote:
   def run(self, request: dict) -> bytes:
     """One child for a batch or a single test; returns the reply to the pool."""
     batch = request['mode'] == wire.BATCH
-    text = None if batch or request['entry_point'] is not None else request['inputs'][0]
-    fds = [*self.streams(text), *os.pipe(), os.eventfd(0, _MARK)]
-    stdin, stdout, stderr, pipe, end, mark = fds
+    texts = request['inputs'] if request['entry_point'] is None else ()
+    fds = [os.eventfd(0, _MARK), *os.pipe(), *self.streams(texts or ('',))]
+    mark, pipe, end, stdout, stderr, *inputs = fds
     os.set_blocking(pipe, False)
-    again = (stdin, stdout, stderr) if batch else ()
-    given = (stdin, stdout, stderr, end, *again, mark)
+    again = (stdout, stderr, *inputs) if batch else ()
+    given = (inputs[0], stdout, stderr, end, *again, mark)
     pid = self.spawn(lambda: program.run(request), request, given)
     child, report = self.follow(pid, request, pipe)
     printed = b'' if batch else os.pread(stdout, os.fstat(stdout).st_size, 0)
@@ -180,18 +180,20 @@ class Zygote:
     _, (to_pool,), _, _ = socket.recv_fds(self.sock, 1, 1)
     seconds = request['cpu_s'] * request['tests']
     fds = [*self.streams(), *self.streams(), os.eventfd(0, _MARK), os.eventfd(0, _MARK)]
+    stdout, stderr, stdin, test_stdout, test_stderr, test_stdin, *marks = fds
     ours, theirs = (end.detach() for end in socket.socketpair())
     # The program first: it must not inherit anything of the tester's.
-    pid = self.spawn(tester.Server(request).run, request, (*fds[:3], theirs, fds[6]))
+    given = (stdin, stdout, stderr, theirs, marks[0])
+    pid = self.spawn(tester.Server(request).run, request, given)
     served = watch.Child(pid, seconds, seconds * request['wall_factor'])
-    given = (*fds[3:6], ours, to_pool, fds[7])
+    given = (test_stdin, test_stdout, test_stderr, ours, to_pool, marks[1])
     pid = self.spawn(lambda: tester.run_tests(request), request, given)
     testing = watch.Child(pid, 2 * seconds, 2 * seconds * request['wall_factor'])
     for fd in (ours, theirs, to_pool):
       os.close(fd)
     watch.collect_pair(testing, served)
-    confined = all(map(is_marked, fds[6:]))
-    reply = reply_of(served, confined, fds[2], request, b'', b'', testing.killed)
+    confined = all(map(is_marked, marks))
+    reply = reply_of(served, confined, stderr, request, b'', b'', testing.killed)
     for fd in fds:
       os.close(fd)
     return reply
@@ -199,7 +201,7 @@ class Zygote:
   def spawn_probe(self, act, request: dict, filtered: bool) -> tuple[int, str, bool]:
     """Runs one probe in a child; returns the signal that ended it, what it said and its mark."""
     fds = [*self.streams(), *os.pipe(), os.eventfd(0, _MARK)]
-    stdin, stdout, stderr, pipe, end, mark = fds
+    stdout, stderr, stdin, pipe, end, mark = fds
     os.set_blocking(pipe, False)
     given = (stdin, stdout, stderr, end, mark)
     pid = self.spawn(lambda: probes.attempt(act), request, given, filtered)
