@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 
 from o1jax import config as config_lib
 from o1jax.config import STAGES, Config, ConfigError
+
+_HUGE_PAGES = 'glibc.malloc.hugetlb'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,21 @@ def main(
     print(f'\ninterrupted; the same command goes on from here:\n  {command}', file=sys.stderr)
     return 130
   return 0
+
+
+def restart_with_huge_pages() -> None:
+  """Starts this interpreter again with `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, keeping its pid.
+
+  On CPU a training step of a small model takes a quarter to a third less time then: its buffers
+  are some megabytes each, and are mapped anew for every step. Does nothing where the variable says
+  something about huge pages already, or where the C library is not glibc. Programs under test run
+  in an environment of their own and do not see it.
+  """
+  told = os.environ.get('GLIBC_TUNABLES', '')
+  if not sys.platform.startswith('linux') or _HUGE_PAGES in told:
+    return
+  os.environ['GLIBC_TUNABLES'] = ':'.join(filter(None, (told, f'{_HUGE_PAGES}=1')))
+  os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def parse(argv: Sequence[str], description: str = '') -> Arguments:

@@ -19,7 +19,7 @@ def loop(run) -> dict[str, Any]:
   """Trains through all rounds and returns the summary of the run."""
   from o1jax.stages.policy_sft import finetune_policy
   from o1jax.stages.prm import train_prm
-  from o1jax.stages.report import Candidate, policy_row, prm_row, search_row, tcg_rows
+  from o1jax.stages.report import Candidate, policy_rows, prm_row, search_row, tcg_rows
   from o1jax.stages.rl import expert_iteration, improve_policy
   from o1jax.stages.synthesis import synthesize
   from o1jax.stages.tcg import train_tcg, write_tests
@@ -29,11 +29,12 @@ def loop(run) -> dict[str, Any]:
   tcg = train_tcg(run)  # step 1: a model that writes test cases
   tests = write_tests(run, tcg)  # and what it writes, confirmed by the references
   for round_ in range(run.config.run.rounds):
-    found += synthesize(run, round_, policy, prm)  # steps 2 and 6: search, execute
-    policy = finetune_policy(run, round_, policy, found)  # step 3: learn verified paths
+    searcher = policy
+    found += synthesize(run, round_, searcher, prm, found)  # steps 2 and 6: search, execute
+    policy = finetune_policy(run, round_, searcher, found)  # step 3: learn verified paths
     policies.append(Candidate(f'round{round_}/sft', policy))
     prm = train_prm(run, round_, policy, found)  # step 4: learn to judge a step
-    prms.append((policy, prm))
+    prms.append((searcher, policy, prm))
     before, known = policy, list(found)
     policy, rollouts = improve_policy(run, round_, policy, prm, tests)  # step 5
     policies.append(Candidate(f'round{round_}/rl', policy))
@@ -44,13 +45,13 @@ def loop(run) -> dict[str, Any]:
       control = expert_iteration(run, before, known, spent, seed=seed)
       policies.append(Candidate('control/expert_iteration', control))
   rows = {
-    'policy': [policy_row(run, candidate) for candidate in policies],
+    'policy': policy_rows(run, policies),
     'tcg': tcg_rows(run),
-    'prm': [prm_row(run, i, *pair) for i, pair in enumerate(prms)],
+    'prm': [prm_row(run, i, *models) for i, models in enumerate(prms)],
     'search': [],
   }
   if run.config.eval.test_time:
-    first, last = prms[0][1], prms[-1][1]
+    first, last = prms[0][-1], prms[-1][-1]
     asked = [
       (policies[0], first),
       (policies[1], first),
@@ -93,4 +94,5 @@ def main() -> int:
 
 
 if __name__ == '__main__':
+  cli.restart_with_huge_pages()
   sys.exit(main())

@@ -187,7 +187,10 @@ class PrmConfig(Section):
 
   optim: OptimConfig = OptimConfig(lr=1e-3, steps=200, batch=32)
   mode: Literal['pointwise', 'pairwise', 'both'] = 'both'
-  labels: Literal['soft', 'hard'] = 'soft'
+  # What a roll-out is worth to its steps: 1 if its program passes every test, else 0 (accepted), or
+  # search's terminal reward, in which a wrong program that passes most tests is worth most.
+  returns: Literal['accepted', 'terminal'] = 'accepted'
+  labels: Literal['soft', 'hard'] = 'soft'  # a step's mean return, or whether it is above 0
   pair_margin: Share = 0.15  # siblings whose mean returns differ by more make a pair
   pair_coef: NonNegative = 1.0  # weight of the pair loss in 'both'
 

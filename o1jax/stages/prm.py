@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +43,7 @@ def train_prm(run: Run, round_: int, policy: Any, found: Sequence[Trajectory]) -
   def body() -> dict[str, Any]:
     seed = run.config.run.seed * 1000 + round_
     rng = np.random.default_rng(seed)
-    trees = by_problem(found)
+    trees = by_problem(found if config.returns == 'terminal' else accepted_returns(found))
     problems = {p.id: p for p in run.train}
     rows = step_batches(
       trees,
@@ -68,6 +69,16 @@ def train_prm(run: Run, round_: int, policy: Any, found: Sequence[Trajectory]) -
 
   run.stage(name, 'process reward model on all roll-outs', body)
   return store.load_params(name, 'prm')
+
+
+def accepted_returns(found: Iterable[Trajectory]) -> list[Trajectory]:
+  """The trajectories with reward 1 for a program that passes every test, else 0.
+
+  Cut-off and masked ones, which have no reward, keep none.
+  """
+  return [
+    t if t.reward is None else dataclasses.replace(t, reward=float(t.accepted)) for t in found
+  ]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -70,10 +70,13 @@ def as_trajectories(
   return [trees[t.problem_id].valued(t) for t in plain]
 
 
-def synthesize(run: Run, round_: int, policy: Any, prm: Any | None) -> list[Trajectory]:
+def synthesize(
+  run: Run, round_: int, policy: Any, prm: Any | None, known: Sequence[Trajectory] = ()
+) -> list[Trajectory]:
   """Searches every training problem; returns all roll-outs, good and bad.
 
-  They are kept as stepwise-supervision JSONL in the stage's folder, a file a chunk.
+  They are kept as stepwise-supervision JSONL in the stage's folder, a file a chunk. `known` are
+  the roll-outs of earlier rounds, only to tell how many problems were never solved before.
   """
   name = f'round{round_}/synthesis'
   chunks = run.bench.store.chunks(name, 'trajectories')
@@ -95,13 +98,14 @@ def synthesize(run: Run, round_: int, policy: Any, prm: Any | None) -> list[Traj
         rows = [stepwise.to_row(t, by_id[t.problem_id]) for t in found]
         chunks.write(index, [r | {'share_tokens': generated / len(rows)} for r in rows])
         bar.update(index + 1)
-    return _summary(run, round_, policy, chunks, prm)
+    before = {t.problem_id for t in known if t.accepted}
+    return _summary(run, round_, policy, chunks, prm, before)
 
   run.stage(name, 'UCT search' if prm is None else 'descent guided by the PRM', body)
   return [stepwise.from_row(row) for row in chunks.rows()]
 
 
-def _summary(run: Run, round_: int, policy: Any, chunks, prm) -> dict[str, Any]:
+def _summary(run: Run, round_: int, policy: Any, chunks, prm, before: set[str]) -> dict[str, Any]:
   rows = list(chunks.rows())
   solved = {r['problem_id'] for r in rows if r['status'] == 'accepted'}
   tokens = sum(r['share_tokens'] for r in rows)  # a chunk's tokens stand split over its rows
@@ -109,22 +113,28 @@ def _summary(run: Run, round_: int, policy: Any, chunks, prm) -> dict[str, Any]:
     'trajectories': len(rows),
     'problems': len(run.train),
     'solved': len(solved),
+    'first_solved': len(solved - before),
     'tokens': int(tokens),
   }
   if prm is not None and run.config.eval.sampling_control:
-    result |= _sampling_control(run, round_, policy, tokens)
+    result |= _sampling_control(run, round_, policy, tokens, before)
   return result
 
 
-def _sampling_control(run: Run, round_: int, policy: Any, tokens: float) -> dict[str, Any]:
+def _sampling_control(
+  run: Run, round_: int, policy: Any, tokens: float, before: set[str]
+) -> dict[str, Any]:
   """Plain sampling of the same problems with the same number of tokens."""
   seed = run.config.run.seed * 1000 + round_ + 500
   probe = answer(run, policy, run.train[:100], SAMPLE, samples=1, seed=seed)
   each = probe.generated / len(probe.paths)
   samples = max(1, round(tokens / len(run.train) / each))
   drawn = answer(run, policy, run.train, SAMPLE, samples=samples, seed=seed)
+  solved = drawn.accepted.max(axis=1) > 0
+  new = np.array([p.id not in before for p in run.train])
   return {
-    'sampling_solved': int(drawn.accepted.max(axis=1).sum()),
+    'sampling_solved': int(solved.sum()),
+    'sampling_first_solved': int((solved & new).sum()),
     'sampling_tokens': drawn.generated,
     'sampling_each': samples,
   }
