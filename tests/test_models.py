@@ -227,15 +227,17 @@ def step_head():
     'kernel': jax.random.normal(keys[0], (6,)),
     'bias': jnp.float32(0.3),
     'bilinear': jax.random.normal(keys[1], (6, 6)),
+    'logprob': jnp.float32(0.7),
   }
   hidden, embeddings = (jax.random.normal(k, (2, 9, 6)) for k in keys[2:4])
+  logprobs = -jax.random.exponential(keys[4], (2, 9))
   step_ids = jnp.array([[0, 0, 1, 1, 1, 2, 3, 3, 0], [0, 1, 1, 2, 2, 2, 2, 2, 2]])
-  return params, hidden, embeddings, step_ids
+  return params, hidden, embeddings, logprobs, step_ids
 
 
 def test_step_head_equals_its_formula():
-  params, hidden, embeddings, step_ids = step_head()
-  scores = StepHead.apply(params, hidden, embeddings, step_ids, 4)
+  params, hidden, embeddings, logprobs, step_ids = step_head()
+  scores = StepHead.apply(params, hidden, embeddings, logprobs, step_ids, 4)
   for row in range(2):
     for step in range(1, 5):
       where = np.flatnonzero(step_ids[row] == step)
@@ -244,28 +246,32 @@ def test_step_head_equals_its_formula():
         expected = hidden[row, where[-1]] @ params['kernel'] + params['bias']
         for t in where:
           expected += hidden[row, t - 1] @ params['bilinear'] @ embeddings[row, t]
+          expected += 0.7 * logprobs[row, t]
       np.testing.assert_allclose(scores[row, step - 1], expected, atol=1e-4)
   last = ScalarHead.apply({k: params[k] for k in ('kernel', 'bias')}, hidden)
   np.testing.assert_allclose(last, hidden @ params['kernel'] + 0.3, atol=1e-5)
 
 
 def test_step_head_incremental_equals_full():
-  params, hidden, embeddings, step_ids = step_head()
-  full = StepHead.apply(params, hidden, embeddings, step_ids, 3)
+  params, hidden, embeddings, logprobs, step_ids = step_head()
+  full = StepHead.apply(params, hidden, embeddings, logprobs, step_ids, 3)
   start, width = jnp.array([2, 1]), 4  # step 1 of both rows; 3 and 2 tokens long
   index = start[:, None] + jnp.arange(width)[None]
   take = lambda x: jnp.take_along_axis(x, index[:, :, None], axis=1)  # noqa: E731
   mask = jnp.take_along_axis(step_ids, index, axis=1) == 1
   before = hidden[jnp.arange(2), start - 1]
-  score = StepHead.apply_step(params, before, take(hidden), take(embeddings), mask)
+  step = (take(hidden), take(embeddings), jnp.take_along_axis(logprobs, index, axis=1))
+  score = StepHead.apply_step(params, before, *step, mask)
   np.testing.assert_allclose(score, full[:, 0], atol=1e-5)
   nothing = jnp.zeros_like(mask)
-  assert (StepHead.apply_step(params, before, take(hidden), take(embeddings), nothing) == 0).all()
+  assert (StepHead.apply_step(params, before, *step, nothing) == 0).all()
 
 
-def test_fresh_heads_score_zero():
-  _, hidden, embeddings, step_ids = step_head()
+def test_a_fresh_step_head_says_what_the_policy_thinks_and_a_fresh_scalar_nothing():
+  _, hidden, embeddings, logprobs, step_ids = step_head()
   config = dataclasses.replace(BASE, hidden_size=6, head_dim=8)
   params = StepHead.init(config, jax.random.key(0))
-  assert (StepHead.apply(params, hidden, embeddings, step_ids, 3) == 0).all()
+  scores = StepHead.apply(params, hidden, embeddings, logprobs, step_ids, 3)
+  sums = [(logprobs * (step_ids == j)).sum(1) for j in (1, 2, 3)]
+  np.testing.assert_allclose(scores, jnp.stack(sums, 1), rtol=1e-6)
   assert (ScalarHead.apply(ScalarHead.init(config), hidden) == 0).all()

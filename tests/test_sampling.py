@@ -310,7 +310,10 @@ def test_prm_scores_are_those_of_the_whole_row(model, params, guided):
   def whole(tokens, steps):
     at = jnp.arange(tokens.shape[1])[None]
     hidden = model.hidden(params, tokens, at, jnp.ones_like(tokens))
-    return StepHead.apply(head, hidden, model.embed(params, tokens), steps, 3)
+    logits = jax.nn.log_softmax(model.logits(params, hidden[:, :-1]))
+    logprobs = jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+    logprobs = jnp.pad(logprobs, ((0, 0), (1, 0)))
+    return StepHead.apply(head, hidden, model.embed(params, tokens), logprobs, steps, 3)
 
   for prompt, descent in zip(PROMPTS[:3], out.descents, strict=True):
     path, ids = list(prompt), [0] * len(prompt)

@@ -103,8 +103,9 @@ def step_scores(model: Model, head: type[StepHead], params: Any, batch: StepBatc
   """
   hidden = model.hidden(params['trunk'], batch.tokens, batch.positions, batch.segments)
   embeddings = model.embed(params['trunk'], batch.tokens)
+  logprobs = lp.over_columns(model, params['trunk'], hidden, batch.tokens, lp.target_logprobs)
   num_steps = batch.labels.shape[1]
-  return head.apply(params['head'], hidden, embeddings, batch.step_ids, num_steps)
+  return head.apply(params['head'], hidden, embeddings, logprobs, batch.step_ids, num_steps)
 
 
 def prm_loss(

@@ -1,7 +1,7 @@
 """Read-outs on a decoder's hidden states: the critic's scalar and the PRM's step score.
 
-Pure `init` / `apply` pairs on float32 parameters, zero-initialised, so that a
-fresh head scores everything 0 and never disturbs the trunk it is put on.
+Pure `init` / `apply` pairs on float32 parameters. A fresh `ScalarHead` says 0 everywhere; a fresh
+`StepHead` scores a step by the log-probability that its trunk, still the policy, gives it.
 Shapes: B rows, T tokens, M steps, R search rows, t tokens of one step, D width.
 """
 
@@ -33,23 +33,27 @@ class ScalarHead:
 class StepHead:
   """The score of a reasoning step, from the states before its tokens.
 
-      score_j = w . h[last token of j] + b + sum_{t in j} h[t - 1]^T W e(x_t)
+      score_j = w . h[last token of j] + b + sum_{t in j} (a log p(x_t) + h[t - 1]^T W e(x_t))
 
-  The bilinear term judges every token as an action in the state before it; a
-  plain last-token head learns several times slower. r_j = sigmoid(score_j).
+  with p the trunk's own next-token distribution and a = 1, W = 0, w = 0 at the start: the head
+  begins as what the policy thinks of the step and learns where that is wrong. The bilinear term
+  judges every token as an action in the state before it; a plain last-token head learns several
+  times slower. r_j = sigmoid(score_j).
   """
 
   @staticmethod
   def init(config: ModelConfig, key: jax.Array | None = None) -> HeadParams:
-    """Zeros {'kernel': [D], 'bias': [], 'bilinear': [D, D]}; `key` is not used."""
+    """{'kernel': [D], 'bias': [], 'bilinear': [D, D]} zeros, 'logprob': [] one; no `key` needed."""
     d = config.hidden_size
-    return ScalarHead.init(config, key) | {'bilinear': jnp.zeros((d, d))}
+    extra = {'bilinear': jnp.zeros((d, d)), 'logprob': jnp.ones(())}
+    return ScalarHead.init(config, key) | extra
 
   @staticmethod
   def apply(
     params: HeadParams,
     hidden: jax.Array,
     embeddings: jax.Array,
+    logprobs: jax.Array,
     step_ids: jax.Array,
     num_steps: int,
   ) -> jax.Array:
@@ -59,6 +63,7 @@ class StepHead:
       params: from `init`.
       hidden: [B, T, D] after the final norm.
       embeddings: [B, T, D], the trunk's embedding of each token.
+      logprobs: [B, T] float32, the trunk's log-probability of each token.
       step_ids: [B, T] int32, j for the tokens of step j (1..M, contiguous), else 0.
       num_steps: M.
 
@@ -67,7 +72,7 @@ class StepHead:
     """
     before = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
     following = jnp.pad(step_ids[:, 1:], ((0, 0), (0, 1)))
-    scores = _token_scores(params, before, hidden, embeddings, step_ids != following)
+    scores = _token_scores(params, before, hidden, embeddings, logprobs, step_ids != following)
     steps = jnp.arange(1, num_steps + 1)
     members = (step_ids[:, :, None] == steps[None, None, :]).astype(jnp.float32)
     return jnp.einsum('bt,btm->bm', scores, members)
@@ -78,6 +83,7 @@ class StepHead:
     previous: jax.Array,
     hidden: jax.Array,
     embeddings: jax.Array,
+    logprobs: jax.Array,
     mask: jax.Array,
   ) -> jax.Array:
     """Score of one new step a row, as search meets it; equals `apply` on the whole row.
@@ -86,20 +92,27 @@ class StepHead:
       params: from `init`.
       previous: [R, D], hidden state of the last token before the step.
       hidden: [R, t, D] and
-      embeddings: [R, t, D] of the step's tokens.
+      embeddings: [R, t, D] and
+      logprobs: [R, t] of the step's tokens.
       mask: [R, t] bool, true on the step's tokens, which come first.
 
     Returns:
       [R] float32; 0 where a row's mask is empty.
     """
-    before = jnp.concatenate([previous[:, None], hidden[:, :-1]], axis=1)
+    before = states_before(previous, hidden)
     last = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
-    scores = _token_scores(params, before, hidden, embeddings, last)
+    scores = _token_scores(params, before, hidden, embeddings, logprobs, last)
     return jnp.sum(jnp.where(mask, scores, 0.0), axis=1)
 
 
-def _token_scores(params, before, hidden, embeddings, is_last) -> jax.Array:
+def states_before(previous: jax.Array, hidden: jax.Array) -> jax.Array:
+  """The state that each token of a step was written in: [R, D] and [R, t, D] -> [R, t, D]."""
+  return jnp.concatenate([previous[:, None], hidden[:, :-1]], axis=1)
+
+
+def _token_scores(params, before, hidden, embeddings, logprobs, is_last) -> jax.Array:
   """What each token adds to its step's score, [B, T] float32."""
   before, embeddings = before.astype(jnp.float32), embeddings.astype(jnp.float32)
   actions = jnp.sum((before @ params['bilinear']) * embeddings, axis=-1)
+  actions += params['logprob'] * logprobs.astype(jnp.float32)
   return actions + jnp.where(is_last, ScalarHead.apply(params, hidden), 0.0)

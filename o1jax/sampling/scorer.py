@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from o1jax.models.heads import StepHead
+from o1jax.models.heads import StepHead, states_before
 from o1jax.models.transformer import Model, Params
 from o1jax.sampling.cache import DecodeState, extend, gather_rows, grow, prefill
 from o1jax.sampling.sampler import COLUMN_MULTIPLE, length_batches, round_up
@@ -73,7 +74,20 @@ def _score_steps(model: Model, params, state: DecodeState, slots, tokens, mask) 
   state = gather_rows(state, slots)
   hidden, _ = extend(model, params['trunk'], state, tokens, mask)
   embeddings = model.embed(params['trunk'], tokens)
-  return StepHead.apply_step(params['head'], state.hidden, hidden, embeddings, mask)
+  logprobs = _logprobs(model, params['trunk'], states_before(state.hidden, hidden), tokens)
+  return StepHead.apply_step(params['head'], state.hidden, hidden, embeddings, logprobs, mask)
+
+
+def _logprobs(model: Model, trunk: Params, before: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Log-prob of each token [R, t] in the state before it [R, t, D], a column of logits at once."""
+
+  def column(inputs):
+    states, targets = inputs
+    logits = model.logits(trunk, states)
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+  return jax.lax.map(column, (jnp.moveaxis(before, 1, 0), tokens.T)).T
 
 
 def with_room(model: Model, state: DecodeState, new: int) -> DecodeState:

@@ -16,11 +16,15 @@ from o1jax.data.prefix_tree import PrefixTree, by_problem
 from o1jax.data.step_batches import StepBatchShape, step_batches
 from o1jax.learn.objectives import prm_loss, step_scores
 from o1jax.models.heads import StepHead
+from o1jax.sampling.draw import SAMPLE
 from o1jax.stages.context import Run
+from o1jax.stages.evaluate import name_ids, sampler
 from o1jax.stages.fit import fit
 from o1jax.types import Problem, Trajectory
 
 PAIRS = 128  # sibling pairs kept of one batch
+SAMPLES = 16  # roll-outs of a held-out problem
+DEV_PROBLEMS = 60  # whose trees a stage's closing line judges the PRM on
 
 
 def batch_shape(run: Run) -> StepBatchShape:
@@ -65,7 +69,10 @@ def train_prm(run: Run, round_: int, policy: Any, found: Sequence[Trajectory]) -
     store.save_params(name, 'prm', trained)
     keys = ('loss', 'point_loss', 'pair_loss', 'pair_accuracy')
     nodes = sum(len(t.nodes) for t in trees.values())
-    return {'trees': len(trees), 'nodes': nodes} | {k: last[k] for k in keys}
+    dev = run.dev[:DEV_PROBLEMS]
+    judged = sibling_metrics(run, trained, dev, *held_out_trees(run, policy, dev, seed=seed))
+    result = {'trees': len(trees), 'nodes': nodes} | {k: last[k] for k in keys}
+    return result | {f'dev_{k}': v for k, v in judged.items()}
 
   run.stage(name, 'process reward model on all roll-outs', body)
   return store.load_params(name, 'prm')
@@ -118,6 +125,37 @@ def _plain_batch(run: Run, shape: StepBatchShape, part) -> StepBatch:
   pairs = np.zeros((shape.pairs, 3), np.int32)
   pair_weights = np.zeros(shape.pairs, np.float32)
   return StepBatch(tokens, positions, segments, step_ids, zeros, zeros, pairs, pair_weights)
+
+
+def held_out_trees(
+  run: Run, policy: Any, problems: Sequence[Problem], *, seed: int
+) -> tuple[dict[str, PrefixTree], dict[tuple[str, tuple], float]]:
+  """Prefix trees of sampled paths (reward 1 for accepted, else 0), and step log-probs.
+
+  The arguments of `sibling_metrics`: trees by problem id, log-probs by (problem id, prefix).
+  """
+  prompts = [run.encoder.prompt(p) for p in problems]
+  draw = sampler(run, SAMPLE, run.config.eval.rows)
+  drawn = draw(policy, prompts, seed=seed, ids=name_ids(problems), samples=SAMPLES)
+  repeated = [p for p in problems for _ in range(SAMPLES)]
+  paths = [run.encoder.steps_of(drawn.ids(i)) for i in range(len(repeated))]
+  verdicts = run.executor.judge(repeated, paths)
+  limit = run.config.search.depth_limit
+  logprobs: dict[tuple[str, tuple], float] = {}
+  kept = []
+  for i, (problem, path, verdict) in enumerate(zip(repeated, paths, verdicts, strict=True)):
+    if verdict is None or verdict.masked or not path or len(path) > limit:
+      continue
+    kept.append(
+      Trajectory(problem.id, path, verdict=verdict, reward=float(verdict.status == 'accepted'))
+    )
+    ends = np.flatnonzero(drawn.tokens[i] == run.tokenizer.step_end_id)
+    start = 0
+    for j, end in enumerate(ends[: len(path)], start=1):
+      logprobs[problem.id, path[:j]] = float(drawn.logprobs[i, start : end + 1].sum())
+      start = end + 1
+    logprobs.setdefault((problem.id, path), float(drawn.logprobs[i, start:].sum()))
+  return by_problem(kept), logprobs
 
 
 def sibling_metrics(

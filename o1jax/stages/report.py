@@ -9,19 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from o1jax.data.prefix_tree import by_problem
 from o1jax.sampling.draw import SAMPLE
 from o1jax.sampling.scorer import PrmScorer
 from o1jax.stages.context import Run
-from o1jax.stages.evaluate import Answers, answer, interval, name_ids, pass_at_1, sampler
-from o1jax.stages.prm import sibling_metrics
+from o1jax.stages.evaluate import Answers, answer, interval, name_ids, pass_at_1
+from o1jax.stages.prm import held_out_trees, sibling_metrics
 from o1jax.stages.synthesis import guided
 from o1jax.stages.tcg import tcg_table
-from o1jax.types import Problem, Trajectory
 
 SEED = 77  # of the report's samples, the same for every policy
 PRM_PROBLEMS = 200  # held-out problems whose trees judge the PRM
-PRM_SAMPLES = 16  # roll-outs of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,38 +83,12 @@ def prm_row(run: Run, round_: int, searcher: Any, tuned: Any, prm: Any) -> dict[
   def body() -> dict[str, Any]:
     problems = run.test[:PRM_PROBLEMS]
     rows = [
-      sibling_metrics(run, prm, problems, *held_out_trees(run, policy, problems))
+      sibling_metrics(run, prm, problems, *held_out_trees(run, policy, problems, seed=SEED + 1))
       for policy in (searcher, tuned)
     ]
     return {'round': round_} | rows[0] | {'tuned': rows[1]}
 
   return run.stage(f'prm_round{round_}/report', 'sibling order on the test split', body)
-
-
-def held_out_trees(run: Run, policy: Any, problems: Sequence[Problem]):
-  """Prefix trees of sampled paths (reward 1 for accepted, else 0), and step log-probs."""
-  prompts = [run.encoder.prompt(p) for p in problems]
-  draw = sampler(run, SAMPLE, run.config.eval.rows)
-  drawn = draw(policy, prompts, seed=SEED + 1, ids=name_ids(problems), samples=PRM_SAMPLES)
-  repeated = [p for p in problems for _ in range(PRM_SAMPLES)]
-  paths = [run.encoder.steps_of(drawn.ids(i)) for i in range(len(repeated))]
-  verdicts = run.executor.judge(repeated, paths)
-  limit = run.config.search.depth_limit
-  logprobs: dict[tuple[str, tuple], float] = {}
-  kept = []
-  for i, (problem, path, verdict) in enumerate(zip(repeated, paths, verdicts, strict=True)):
-    if verdict is None or verdict.masked or not path or len(path) > limit:
-      continue
-    kept.append(
-      Trajectory(problem.id, path, verdict=verdict, reward=float(verdict.status == 'accepted'))
-    )
-    ends = np.flatnonzero(drawn.tokens[i] == run.tokenizer.step_end_id)
-    start = 0
-    for j, end in enumerate(ends[: len(path)], start=1):
-      logprobs[problem.id, path[:j]] = float(drawn.logprobs[i, start : end + 1].sum())
-      start = end + 1
-    logprobs.setdefault((problem.id, path), float(drawn.logprobs[i, start:].sum()))
-  return by_problem(kept), logprobs
 
 
 def search_row(run: Run, candidate: Candidate, prm: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from o1jax.data.family.spec import Spec
 from o1jax.data.family.splits import split_of
 from o1jax.data.family.testcases import CASES, prompt_of, render_tests, traced
 
-MIX: Mapping[str, float] = {'solve': 0.45, 'tests': 0.2, 'question': 0.1, 'drill': 0.25}
+MIX: Mapping[str, float] = {'solve': 0.2, 'tests': 0.45, 'question': 0.05, 'drill': 0.3}
 DRILL_CASES = 4
 _INPUT_DRAWS = 30
 
