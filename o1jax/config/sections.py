@@ -103,7 +103,7 @@ class DataConfig(Section):
   """Which problems there are, and how much of one is read."""
 
   source: str = 'embedded'  # 'embedded' (the procedural family), or a file of problems
-  train_problems: Count = 500
+  train_problems: Count = 400
   dev_problems: Count = 200
   test_problems: Count = 500
   max_prompt_tokens: Count = 96
@@ -135,17 +135,17 @@ class OptimConfig(Section):
 class TcgConfig(Section):
   """The test-case generator: SFT, then DPO on shuffled outputs."""
 
-  sft: OptimConfig = OptimConfig(lr=1e-3, steps=120, batch=16)  # batch: packed rows
-  dpo: OptimConfig = OptimConfig(lr=1e-4, steps=40, batch=16)  # batch: pairs
+  sft: OptimConfig = OptimConfig(lr=3e-4, steps=60, batch=16)  # batch: packed rows
+  dpo: OptimConfig = OptimConfig(lr=3e-5, steps=40, batch=16)  # batch: pairs
   beta: Positive = 0.1
   nll: NonNegative = 1.0  # weight of the NLL of the chosen side; without it DPO collapses
-  problems: Count = 500  # of the train split
+  problems: Count = 400  # of the train split
   draws: Count = 4  # test parts of three real cases, drawn for each problem
   question_share: Share = 0.25  # of the parts that show the question without its program
   row_tokens: Count = 256  # of a packed row; longer documents are left out
   max_tokens: Count = 192  # of one generated test part
   samples: Count = 4  # test parts generated for a train problem
-  temperature: NonNegative = 0.7  # 0: greedy
+  temperature: NonNegative = 0.3  # of test parts: answers want a low one; 0: greedy
   min_tests: Count = 3  # confirmed tests of a problem that RL can use
   max_tests: Count = 6  # kept for a problem
   eval_problems: Count = 150  # of dev and of test, to measure quality on
@@ -217,7 +217,7 @@ class RlConfig(Section):
   alpha_start: Share = 1.0  # weight of the outcome in phi at the first iteration
   alpha_end: Share = 0.5  # and at the last
   alpha_schedule: Literal['linear', 'log', 'constant'] = 'linear'
-  own_tests: bool = True  # of problems for which the TCG has no confirmed ones; else left out
+  own_tests: bool = False  # of problems for which the TCG has no confirmed ones; else left out
   tau_pass: float = 1.0  # outcome of a program that passes all tests
   tau_fail: float = 0.0
   negative_scale: NonNegative = 1.0  # multiplies negative advantages
