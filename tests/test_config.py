@@ -62,7 +62,7 @@ def test_all_faults_in_one_message(write):
     'search.simulatoins=3: no such key; did you mean search.simulations?',
     "rl.lr='fast': expected a valid number",
     "rl.kl_estimator='k9': expected 'k1', 'k2' or 'k3'",
-    'tcg.problems=900 exceeds data.train_problems=500; use at most that',
+    'tcg.problems=900 exceeds data.train_problems=400; use at most that',
     'tcg.sft: batch=10 does not divide by accumulate=4; use a multiple of 4',
     'prm=3: expected a section of keys',
     'eval.samples=0: expected greater than or equal to 1',
