@@ -124,7 +124,7 @@ def _array(text: io.TextIOBase) -> Iterator[Row]:
       except ValueError as e:  # an integer of thousands of digits
         error = f'not JSON: {e}'
       else:
-        if end < len(buffer):  # else a number could go on
+        if end < len(buffer) or buffer[end - 1] in '}]"':  # else a number could go on
           yield _checked(number, value)
           start = end
           break
