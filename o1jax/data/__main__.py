@@ -214,7 +214,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if name == 'validate':
       command.add_argument('--solutions', type=_count, default=1, help='tried for each problem')
       command.add_argument('--workers', type=_count, help='programs at a time; default: the cores')
-      command.add_argument('--cpu-s', type=float, default=Limits.cpu_s, help='of one test')
+      command.add_argument('--cpu-s', type=float, default=Limits().cpu_s, help='of one test')
       command.add_argument('--allow-unsafe', default='', metavar='SENTENCE')
   return parser.parse_args(argv)
 
