@@ -33,7 +33,7 @@ from o1jax.data.readers import (
 )
 from o1jax.data.readers.faults import BadRow
 from o1jax.data.readers.livecodebench import pickled_text, unpacked
-from o1jax.data.readers.read import _problem as problem_of
+from o1jax.data.readers.read import to_problem
 from o1jax.sandbox import Job
 from o1jax.types import Problem, Step, TestCase
 
@@ -377,7 +377,7 @@ def test_no_value_of_any_field_raises_anything_else(row, data):
   if data.draw(st.booleans()):
     value = json.dumps(value)
   with contextlib.suppress(BadRow):
-    problem = problem_of(rows_lib.Row(1, row | {key: value}), known)
+    problem = to_problem(rows_lib.Row(1, row | {key: value}), known)
     # What comes out can be judged as it is.
     Job('', problem.tests, problem.entry_point, problem.test_code)
 

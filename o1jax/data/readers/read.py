@@ -81,7 +81,7 @@ def entries(
     known, rows = (forced, rows) if forced else _recognise(path, rows)
     for row in rows:
       try:
-        yield Entry(_problem(row, known), path, row.number, known.name)
+        yield Entry(to_problem(row, known), path, row.number, known.name)
       except BadRow as bad:
         fault = Fault(path, row.number, str(bad))
         if known.name == trusted:
@@ -102,7 +102,7 @@ def _recognise(path: pathlib.Path, rows: Iterator[Row]) -> tuple[Format, Iterato
   raise ReadError(f'{path} is of no known format ({seen}); name one of {names}')
 
 
-def _problem(row: Row, known: Format) -> Problem:
+def to_problem(row: Row, known: Format) -> Problem:
   """The row's problem, fit for a run: raises BadRow where the loop could not use it."""
   if row.value is None:
     raise BadRow(row.fault)
