@@ -84,6 +84,14 @@ def test_clean_writes_what_reads_back(tmp_path, capsys):
   assert 'resemblance 1.00' in said.err and 'containment 1.00' in said.err
 
 
+def test_clean_keeps_an_id_once(tmp_path, capsys):
+  own = [{'id': 'a', 'statement': text} for text in ('Print one.', 'Sort the list of names.')]
+  path = written(tmp_path / 'p.jsonl', own)
+  assert main(['clean', str(path), '--out', str(tmp_path / 'c.jsonl')]) == 0
+  assert f"{path}, row 2: the id 'a' was there before" in capsys.readouterr().out
+  assert lines_of(tmp_path / 'c.jsonl')[0]['statement'] == 'Print one.'
+
+
 def test_a_file_appears_whole_or_not_at_all(tmp_path, capsys):
   path = written(tmp_path / 'p.jsonl', [ADD, {'question': 1}])
   assert main(['clean', str(path), '--out', str(tmp_path / 'c.jsonl'), '--strict']) == 2

@@ -580,6 +580,10 @@ def test_load_split_holds_out_what_a_folder_lacks(tmp_path):
   assert len(found['train']) + len(found['dev']) == 200 and 8 < len(found['dev']) < 40
 
 
+def kept_id(folder):
+  return next(read_problems(folder / 'test.jsonl')).id
+
+
 def test_load_split_drops_twins_and_what_is_tested(tmp_path, caplog):
   story = words(0)
   written(tmp_path / 'test.jsonl', [taco(0, story), taco(0, story)])
@@ -592,7 +596,9 @@ def test_load_split_drops_twins_and_what_is_tested(tmp_path, caplog):
   assert '2 dropped' in dropped and 'resemblance 0.9' in dropped and 'containment 0.9' in dropped
   assert kept[0].id in dropped
   assert '1 row left out' in left_out and 'row 5' in left_out
+  caplog.clear()
   assert len(load_split(str(tmp_path), 'test', 9, seed=0)) == 1  # one id, once
+  assert f'test.jsonl, row 2: the id {kept_id(tmp_path)!r} was there before' in caplog.text
 
 
 def test_load_split_without_problems_says_why(tmp_path):

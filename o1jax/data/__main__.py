@@ -72,7 +72,9 @@ def clean(args: argparse.Namespace) -> int:
       match = sieve.drop(entry.problem)
       if match is not None:
         print(match, file=sys.stderr)
-      elif entry.problem.id not in seen:
+      elif entry.problem.id in seen:
+        faults.add(entry.fault(f'the id {entry.problem.id!r} was there before'))
+      else:
         seen.add(entry.problem.id)
         write(to_row(entry.problem))
         kept += 1

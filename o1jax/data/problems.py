@@ -8,7 +8,7 @@ import logging
 from collections.abc import Collection, Iterator
 
 from o1jax.data import family, overlap
-from o1jax.data.readers import SPLITS, Faults, data_files, entries
+from o1jax.data.readers import SPLITS, Entry, Faults, data_files, entries
 from o1jax.types import Problem
 
 logger = logging.getLogger(__name__)
@@ -24,10 +24,10 @@ def load_split(source: str, split: str, count: int, *, seed: int) -> tuple[Probl
   A folder with files of the split's name is read from them. Splits that a source lacks are held out
   by a hash of the statement: a tenth of the train files each, or of all files where none is called
   train. From train and dev, near-duplicates are dropped and what the later splits (dev, test)
-  contain, see `overlap`; nothing is dropped from test but repeated ids.
+  contain, see `overlap`; nothing is dropped from test.
 
-  Rows that make no problem, and problems dropped, are logged in one warning each. In o1jax's own
-  format nothing is skipped or dropped: a bad row is an error there.
+  Rows that make no problem or repeat an id, and problems dropped, are logged in one warning each.
+  In o1jax's own format nothing is dropped, and a row that makes no problem is an error.
 
   Args:
     source: 'embedded', or what `readers.read_problems` takes.
@@ -60,13 +60,15 @@ def _wanted(source: str, split: str, faults: Faults) -> Iterator[Problem]:
   seen: set[str] = set()
   dropped: list[overlap.Match] = []
   try:
-    for problem, own in _held(source, split, faults):
+    for entry in _held(source, split, faults):
+      problem = entry.problem
       if problem.id in seen:
+        faults.add(entry.fault(f'the id {problem.id!r} was there before'))
         continue
       seen.add(problem.id)
-      if later and not own:
+      if later and entry.format != 'o1jax':
         if evaluation is None:
-          others = (p for name in later for p, _ in _held(source, name, Faults()))
+          others = (e.problem for name in later for e in _held(source, name, Faults()))
           evaluation, unique = overlap.Evaluation(others), overlap.Unique()
         match = evaluation.drop(problem) or unique.drop(problem)
         if match is not None:
@@ -80,13 +82,13 @@ def _wanted(source: str, split: str, faults: Faults) -> Iterator[Problem]:
       logger.warning('%s, %s: %d dropped\n%s', source, split, len(dropped), '\n'.join(lines))
 
 
-def _held(source: str, split: str, faults: Faults) -> Iterator[tuple[Problem, bool]]:
-  """A split's problems, each with whether it is in o1jax's own format."""
+def _held(source: str, split: str, faults: Faults) -> Iterator[Entry]:
+  """The problems that a split's files and its share of them hold."""
   files = data_files(source)
   names, tenths = _division(source, files.keys(), split)
   for entry in entries([path for name in names for path in files[name]], faults, trusted='o1jax'):
     if _tenth(entry.problem.statement) in tenths:
-      yield entry.problem, entry.format == 'o1jax'
+      yield entry
 
 
 def _division(source: str, there: Collection[str], split: str) -> tuple[list[str], set[int]]:

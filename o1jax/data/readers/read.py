@@ -29,6 +29,10 @@ class Entry:
   row: int  # line of a JSON Lines file, else element or record, from 1
   format: str
 
+  def fault(self, reason: str) -> Fault:
+    """Why the problem is left out after all."""
+    return Fault(self.path, self.row, reason)
+
 
 def read_problems(
   source: str | pathlib.Path, *, split: str | None = None, format: str = '', strict: bool = False
