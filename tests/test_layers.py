@@ -17,6 +17,8 @@ LAYERS = (
   ('stages',),
 )
 ENTRY = len(LAYERS)
+# So does `__main__` of a room: it may join its room with others, and nothing may import it.
+MAIN = '__main__'
 GROUND = {('config', 'types')}  # the one import allowed on the ground floor
 
 # Packages that only some rooms may import.
@@ -48,8 +50,8 @@ def imported(source: str, package: tuple[str, ...]) -> set[str]:
   return names
 
 
-def faults_of(room: str, names: set[str]) -> list[str]:
-  """What a module of `room` may not import, each as a sentence."""
+def faults_of(room: str, names: set[str], main: bool = False) -> list[str]:
+  """What a module of `room` may not import, each as a sentence; `main` if it is its `__main__`."""
   faults = []
   for name in sorted(names):
     top, *rest = name.split('.')
@@ -58,10 +60,12 @@ def faults_of(room: str, names: set[str]) -> list[str]:
         faults.append(f'{room} may not import {top}')
       continue
     other = rest[0] if rest else ''
+    if MAIN in rest:
+      faults.append(f'{room} may not import {name}: it is an entry point')
     if other == room:
       continue
     below = level_of(other) < level_of(room)
-    entry = level_of(room) == ENTRY  # entry points share modules such as cli
+    entry = main or level_of(room) == ENTRY  # entry points share modules such as cli
     if not (below or entry or (room, other) in GROUND):
       faults.append(f'{room} may not import {other}: it stands {where(room, other)}')
     elif room in PURE and level_of(other) > 0:
@@ -84,7 +88,7 @@ def test_imports(path):
     assert not any(n.startswith('o1jax') for n in imported(path.read_text(), ('o1jax',)))
     return
   names = imported(path.read_text(), ('o1jax', *parts[:-1]))
-  assert faults_of(parts[0], names) == []
+  assert faults_of(parts[0], names, main=parts[-1] == MAIN) == []
 
 
 def test_every_folder_is_a_room():
@@ -111,7 +115,24 @@ def test_every_folder_is_a_room():
     ('sandbox', 'from o1jax.losses import sft', True),
     ('sandbox', 'from o1jax.types import Problem', False),
     ('config', 'from o1jax import batch', True),
+    ('data', 'from o1jax.sandbox import Pool', True),
+    ('data', 'from o1jax.data import __main__', True),
+    ('stages', 'from o1jax.data.__main__ import main', True),
   ],
 )
 def test_the_rules_bite(room, source, faulty):
   assert bool(faults_of(room, imported(source, ('o1jax', room)))) == faulty
+
+
+@pytest.mark.parametrize(
+  'room, source, faulty',
+  [
+    ('data', 'from o1jax.sandbox import Pool', False),  # an entry point joins brothers
+    ('data', 'from o1jax.sandbox.__main__ import doctor', True),
+    ('sandbox', 'from o1jax.data import readers', True),  # what is pure stays so
+    ('sandbox', 'import numpy', True),
+    ('data', 'from flax import nnx', True),
+  ],
+)
+def test_the_rules_bite_a_room_s_entry_point(room, source, faulty):
+  assert bool(faults_of(room, imported(source, ('o1jax', room)), main=True)) == faulty

@@ -102,7 +102,7 @@ class ModelSection(Section):
 class DataConfig(Section):
   """Which problems there are, and how much of one is read."""
 
-  source: str = 'embedded'  # 'embedded' (the procedural family), or a file of problems
+  source: str = 'embedded'  # 'embedded' (the procedural family), or problems (docs/data.md)
   train_problems: Count = 400
   dev_problems: Count = 200
   test_problems: Count = 500

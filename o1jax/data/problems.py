@@ -1,53 +1,111 @@
-"""Problem splits: the embedded family, or a folder of JSON Lines."""
+"""Problem splits: the embedded family, a file, or a folder of files in any known format."""
 
 from __future__ import annotations
 
-import json
-import pathlib
-from collections.abc import Iterator
+import hashlib
+import itertools
+import logging
+from collections.abc import Collection, Iterator
 
-from o1jax.data import family
-from o1jax.types import Problem, TestCase
+from o1jax.data import family, overlap
+from o1jax.data.readers import SPLITS, Entry, Faults, data_files, entries
+from o1jax.types import Problem
 
-SPLITS = ('train', 'dev', 'test')
+logger = logging.getLogger(__name__)
+
+_TENTHS = 10
+_HELD_OUT = {'dev': 0, 'test': 1}  # the tenth of the problems that is a split the source lacks
+_SHOWN = 20  # dropped problems that the log names
 
 
 def load_split(source: str, split: str, count: int, *, seed: int) -> tuple[Problem, ...]:
-  """The first `count` problems of a split.
+  """The first `count` problems of a split, the same on every machine.
+
+  A folder with files of the split's name is read from them. Splits that a source lacks are held out
+  by a hash of the statement: a tenth of the train files each, or of all files where none is called
+  train. From train and dev, near-duplicates are dropped and what the later splits (dev, test)
+  contain, see `overlap`; nothing is dropped from test.
+
+  Rows that make no problem or repeat an id, and problems dropped, are logged in one warning each.
+  In o1jax's own format nothing is dropped, and a row that makes no problem is an error.
 
   Args:
-    source: 'embedded', or a folder with train.jsonl, dev.jsonl and test.jsonl, a
-      `Problem` a line (fields as in `o1jax.types`, tests as {input, output}).
+    source: 'embedded', or what `readers.read_problems` takes.
     split: 'train', 'dev' or 'test'.
-    count: how many; a folder may hold fewer.
+    count: how many; a source may hold fewer.
     seed: of the embedded family's drawing.
 
   Raises:
-    ValueError: a line that is no problem, with file, line and reason; an empty file.
-    FileNotFoundError: the split's file is missing.
+    ValueError: a source of no known format or without problems; a bad row in o1jax's own format,
+      with file, row and reason.
+    FileNotFoundError: there is no such source, or no data in it.
   """
   if source == 'embedded':
     return tuple(family.problems(split, count, seed))
-  path = pathlib.Path(source) / f'{split}.jsonl'
-  if not path.is_file():
-    raise FileNotFoundError(f'data.source={source!r} has no {path.name}; it needs {SPLITS}')
-  found = tuple(problem for problem, _ in zip(_read(path), range(count), strict=False))
+  faults = Faults()
+  try:
+    found = tuple(itertools.islice(_wanted(source, split, faults), count))
+  finally:
+    if faults.count:
+      logger.warning('%s, %s: %s', source, split, faults)
   if not found:
-    raise ValueError(f'{path} holds no problems')
+    raise ValueError(f'data.source={source!r} holds no problems for {split}: {faults}')
   return found
 
 
-def _read(path: pathlib.Path) -> Iterator[Problem]:
-  with path.open(encoding='utf-8') as file:
-    for number, line in enumerate(file, start=1):
-      try:
-        yield _problem(json.loads(line))
-      except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'{path}, line {number} is no problem: {error!r}') from None
+def _wanted(source: str, split: str, faults: Faults) -> Iterator[Problem]:
+  """The problems of a split without those that are dropped."""
+  later = SPLITS[SPLITS.index(split) + 1 :]
+  evaluation = unique = None
+  seen: set[str] = set()
+  dropped: list[overlap.Match] = []
+  try:
+    for entry in _held(source, split, faults):
+      problem = entry.problem
+      if problem.id in seen:
+        faults.add(entry.fault(f'the id {problem.id!r} was there before'))
+        continue
+      seen.add(problem.id)
+      if later and entry.format != 'o1jax':
+        if evaluation is None:
+          others = (e.problem for name in later for e in _held(source, name, Faults()))
+          evaluation, unique = overlap.Evaluation(others), overlap.Unique()
+        match = evaluation.drop(problem) or unique.drop(problem)
+        if match is not None:
+          dropped.append(match)
+          continue
+      yield problem
+  finally:
+    if dropped:
+      lines = [f'  {match}' for match in dropped[:_SHOWN]]
+      lines += [f'  and {len(dropped) - _SHOWN} more'] if len(dropped) > _SHOWN else []
+      logger.warning('%s, %s: %d dropped\n%s', source, split, len(dropped), '\n'.join(lines))
 
 
-def _problem(row: dict) -> Problem:
-  tests = tuple(TestCase(t['input'], t['output']) for t in row.get('tests', ()))
-  solutions = tuple(row.get('solutions', ()))
-  fields = {k: row[k] for k in ('entry_point', 'starter_code', 'test_code', 'source') if k in row}
-  return Problem(row['id'], row['statement'], tests=tests, solutions=solutions, **fields)
+def _held(source: str, split: str, faults: Faults) -> Iterator[Entry]:
+  """The problems that a split's files and its share of them hold."""
+  files = data_files(source)
+  names, tenths = _division(source, files.keys(), split)
+  for entry in entries([path for name in names for path in files[name]], faults, trusted='o1jax'):
+    if _tenth(entry.problem.statement) in tenths:
+      yield entry
+
+
+def _division(source: str, there: Collection[str], split: str) -> tuple[list[str], set[int]]:
+  """Which files a split is read from, and which tenths of their problems are its own."""
+  if split in there and split != 'train' and 'train' in there:
+    return [split], set(range(_TENTHS))
+  if 'train' not in there and len(there) > 1:
+    raise FileNotFoundError(
+      f'data.source={source!r} has files for {", ".join(sorted(filter(None, there)))}, but none '
+      'for train; add train.jsonl, or name one file'
+    )
+  lacking = {s: i for s, i in _HELD_OUT.items() if s not in there or 'train' not in there}
+  rest = set(range(_TENTHS)) - set(lacking.values())
+  names = ['train'] if 'train' in there else list(there)
+  return names, {lacking[split]} if split in lacking else rest
+
+
+def _tenth(statement: str) -> int:
+  digest = hashlib.blake2b(statement.encode(), digest_size=8).digest()
+  return int.from_bytes(digest, 'big') % _TENTHS
