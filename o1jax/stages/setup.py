@@ -104,19 +104,26 @@ def step_bytes(config: Config, model: Model) -> int:
 
 @contextmanager
 def _log_file(path: pathlib.Path) -> Iterator[None]:
-  """What the project logs while the run is open, the sandbox's tier at every batch included."""
+  """What the project logs while the run is open, the sandbox's tier at every batch included.
+
+  Everything goes into the file, warnings to stderr as well.
+  """
   logger = logging.getLogger('o1jax')
-  handler = logging.FileHandler(path, encoding='utf-8')
-  handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
-  before = logger.level
-  logger.addHandler(handler)
+  file, stderr = logging.FileHandler(path, encoding='utf-8'), logging.StreamHandler()
+  file.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+  stderr.setLevel(logging.WARNING)
+  before = logger.level, logger.propagate
+  logger.addHandler(file)
+  logger.addHandler(stderr)
   logger.setLevel(logging.INFO)
+  logger.propagate = False  # where a library has given the root a handler, it would print all
   try:
     yield
   finally:
-    logger.setLevel(before)
-    logger.removeHandler(handler)
-    handler.close()
+    logger.level, logger.propagate = before
+    logger.removeHandler(stderr)
+    logger.removeHandler(file)
+    file.close()
 
 
 def _checked(config: Config):
