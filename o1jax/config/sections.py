@@ -193,6 +193,7 @@ class PrmConfig(Section):
   labels: Literal['soft', 'hard'] = 'soft'  # a step's mean return, or whether it is above 0
   pair_margin: Share = 0.15  # siblings whose mean returns differ by more make a pair
   pair_coef: NonNegative = 1.0  # weight of the pair loss in 'both'
+  blend: Share = 0.35  # of the way from the policy's weights to the trained ones; 1: all of it
 
 
 class RlConfig(Section):
