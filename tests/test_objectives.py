@@ -273,6 +273,15 @@ def test_ppo_objective_is_its_parts():
   np.testing.assert_allclose(other[:, 1:], values[:, :-1], atol=1e-5)
 
 
+@pytest.mark.parametrize('name', ['advantages', 'old_logprobs', 'ref_logprobs', 'imitate'])
+def test_ppo_refuses_what_is_not_float32(name):
+  batch = rollout_batch()
+  for dtype in (jnp.int32, jnp.bfloat16):
+    wrong = dataclasses.replace(batch, **{name: getattr(batch, name).astype(dtype)})
+    with pytest.raises(AssertionError, match='float32'):
+      CASES['ppo_rows'][0](params(), wrong)
+
+
 def test_ppo_sequence_mean_weighs_rows_alike():
   batch = rollout_batch()
   loss, count, _ = CASES['ppo_rows'][0](params(), batch)

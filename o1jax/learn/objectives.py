@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -20,6 +21,16 @@ from o1jax.losses import dpo, ppo, prm, returns, sft
 from o1jax.models.heads import ScalarHead, StepHead
 from o1jax.models.transformer import Model
 
+# Integer rewards would truncate, and bfloat16 ratios would round to 1.
+_ROLLOUT_FLOATS = (
+  'mask',
+  'old_logprobs',
+  'ref_logprobs',
+  'old_values',
+  'advantages',
+  'returns',
+  'imitate',
+)
 # (critic params, hidden [B, T, D] of the policy, batch) -> [B, T] values, aligned:
 # entry t is the value of the state before token t.
 ValueFn = Callable[[Any, jax.Array, RolloutBatch], jax.Array]
@@ -75,6 +86,7 @@ def dpo_loss(
     return dpo.ipo_loss(margin, beta) if ipo else dpo.dpo_loss(margin, beta, label_smoothing)
 
   def loss_fn(params: Any, batch: PairBatch):
+    chex.assert_type([batch.ref_chosen, batch.ref_rejected], jnp.float32)
     chosen, tokens = _answer(model, params, batch.chosen, chunk)
     pair = (tokens > 0).astype(jnp.float32)
     count, mean_nll = pair.sum(), -chosen / jnp.maximum(tokens, 1.0)
@@ -172,6 +184,7 @@ def ppo_loss(
   """
 
   def loss_fn(params: Any, batch: RolloutBatch):
+    chex.assert_type([getattr(batch, name) for name in _ROLLOUT_FLOATS], jnp.float32)
     policy = params if value_fn is None else params['policy']
     hidden = model.hidden(policy, batch.tokens, batch.positions, batch.segments)
     mask = batch.mask * lp.predicted(batch.segments)
