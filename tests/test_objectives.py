@@ -30,7 +30,7 @@ from learn_cases import (
 
 from o1jax.batch import PairBatch, TokenBatch
 from o1jax.learn import logprobs, objectives
-from o1jax.models.heads import ScalarHead, StepHead
+from o1jax.models.heads import ScalarHead
 from o1jax.models.transformer import Model
 
 
@@ -172,12 +172,12 @@ def test_padding_tokens_change_nothing(name):
 def test_the_order_of_rows_changes_nothing(name):
   loss_fn, make, build = CASES[name]
   batch, order = build(), np.random.default_rng(0).permutation(B)
-  if name == 'prm':
+  if name.startswith('prm'):
     fixed = {'pairs': batch.pairs, 'pair_weights': batch.pair_weights}
     place = jnp.asarray(np.argsort(order), jnp.int32)
     fixed['pairs'] = jnp.concatenate([place[batch.pairs[:, :2]], batch.pairs[:, 2:]], 1)
   moved = jax.tree.map(lambda x: x[order] if x.shape[0] == B else x, batch)
-  moved = dataclasses.replace(moved, **fixed) if name == 'prm' else moved
+  moved = dataclasses.replace(moved, **fixed) if name.startswith('prm') else moved
   one, other = (mean_loss_and_gradient(loss_fn, make(), b) for b in (batch, moved))
   assert_close(one, other, 3e-6)
 
@@ -226,7 +226,7 @@ def test_ipo_refuses_label_smoothing():
 @pytest.mark.parametrize('pair_coef, point_coef', [(1.0, 1.0), (0.5, 2.0), (1.0, 0.0), (0.0, 1.0)])
 def test_prm_objective_is_a_mean_over_what_is_judged(pair_coef, point_coef):
   batch = step_batch()
-  scores = objectives.step_scores(MODEL, StepHead, prm_params(), batch)
+  scores = objectives.step_scores(MODEL, prm_params(), batch)
   s, v, w = (np.asarray(x, np.float64) for x in (scores, batch.labels, batch.weights))
   total = point_coef * np.sum(w * (np.log1p(np.exp(s)) - v * s))
   count = point_coef * w.sum()

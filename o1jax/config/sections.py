@@ -193,6 +193,17 @@ class PrmConfig(Section):
   labels: Literal['soft', 'hard'] = 'soft'  # a step's mean return, or whether it is above 0
   pair_margin: Share = 0.15  # siblings whose mean returns differ by more make a pair
   pair_coef: NonNegative = 1.0  # weight of the pair loss in 'both'
+  # What a step is scored by: a head on the states of its tokens (value), or the probability of
+  # `good_token` against `bad_token` where it ends (token).
+  readout: Literal['value', 'token'] = 'value'
+  good_token: str = '+'  # each is one token of the tokenizer
+  bad_token: str = '-'
+
+  def relations(self) -> Iterator[Relation]:
+    """The two words differ."""
+    if self.good_token == self.bad_token:
+      text = f'prm.good_token and prm.bad_token are both {self.good_token!r}'
+      yield ('good_token', 'bad_token'), f'{text}; use two tokens'
 
 
 class RlConfig(Section):

@@ -18,7 +18,7 @@ from o1jax.batch import PairBatch, RolloutBatch, StepBatch, TokenBatch
 from o1jax.learn import logprobs as lp
 from o1jax.learn.update import LossFn
 from o1jax.losses import dpo, ppo, prm, returns, sft
-from o1jax.models.heads import ScalarHead, StepHead
+from o1jax.models.heads import ScalarHead, step_head_of
 from o1jax.models.transformer import Model
 
 # Integer rewards would truncate, and bfloat16 ratios would round to 1.
@@ -108,20 +108,19 @@ def dpo_loss(
   return loss_fn
 
 
-def step_scores(model: Model, head: type[StepHead], params: Any, batch: StepBatch) -> jax.Array:
+def step_scores(model: Model, params: Any, batch: StepBatch) -> jax.Array:
   """Scores before the sigmoid of all steps of a batch: [B, M] float32.
 
-  `params` is {'trunk': policy-shaped, 'head': from `head.init`}.
+  `params` is {'trunk': policy-shaped, 'head': of a `StepHead` or a `TokenHead`}.
   """
   hidden = model.hidden(params['trunk'], batch.tokens, batch.positions, batch.segments)
   embeddings = model.embed(params['trunk'], batch.tokens)
   num_steps = batch.labels.shape[1]
+  head = step_head_of(params['head'])
   return head.apply(params['head'], hidden, embeddings, batch.step_ids, num_steps)
 
 
-def prm_loss(
-  model: Model, head: type[StepHead] = StepHead, pair_coef: float = 1.0, point_coef: float = 1.0
-) -> LossFn:
+def prm_loss(model: Model, pair_coef: float = 1.0, point_coef: float = 1.0) -> LossFn:
   """Process reward loss of a `StepBatch`: point-wise BCE and Bradley-Terry on siblings.
 
   A weighted mean over everything that is judged: a label counts `point_coef` times its
@@ -129,7 +128,7 @@ def prm_loss(
   """
 
   def loss_fn(params: Any, batch: StepBatch):
-    scores = step_scores(model, head, params, batch)
+    scores = step_scores(model, params, batch)
     point, labels = jax.vmap(prm.pointwise_loss)(scores, batch.labels, batch.weights)
     column = jnp.maximum(batch.pairs[:, 2] - 1, 0)  # padding says step 0
     win, lose = scores[batch.pairs[:, 0], column], scores[batch.pairs[:, 1], column]

@@ -1,7 +1,8 @@
-"""Read-outs on a decoder's hidden states: the critic's scalar and the PRM's step score.
+"""Read-outs on a decoder's hidden states: the critic's scalar and the PRM's step scores.
 
-Pure `init` / `apply` pairs on float32 parameters, zero-initialised, so that a
-fresh head scores everything 0 and never disturbs the trunk it is put on.
+Pure `init` / `apply` pairs on float32 parameters. `ScalarHead` and `StepHead` begin at
+zero, so that a fresh head scores everything 0; `TokenHead` begins as the language model's
+own opinion. All scores are log-odds: r_j = sigmoid(score_j).
 Shapes: B rows, T tokens, M steps, R search rows, t tokens of one step, D width.
 """
 
@@ -36,7 +37,7 @@ class StepHead:
       score_j = w . h[last token of j] + b + sum_{t in j} h[t - 1]^T W e(x_t)
 
   The bilinear term judges every token as an action in the state before it; a
-  plain last-token head learns several times slower. r_j = sigmoid(score_j).
+  plain last-token head learns several times slower.
   """
 
   @staticmethod
@@ -96,6 +97,73 @@ class StepHead:
     last = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
     scores = _token_scores(params, before, hidden, embeddings, last)
     return jnp.sum(jnp.where(mask, scores, 0.0), axis=1)
+
+
+class TokenHead:
+  """The score of a reasoning step as a word: "good" against "bad" where the step ends.
+
+      score_j = h[last token of j] . (u_good - u_bad)
+
+  `u` are rows of the output layer, so r_j = sigmoid(score_j) is the probability of the
+  good token among the two, in the state after the step's closing tag (the way of
+  O1-CODER's released PRM). Departures from it: the rows are copied out of the language
+  model and trained as the head's own; and the closing tag of a step takes the part of the
+  word " Rating", which a problem's statement may contain.
+  """
+
+  @staticmethod
+  def init(output: jax.Array, good: int, bad: int) -> HeadParams:
+    """{'good': [D], 'bad': [D]} from the output layer.
+
+    Args:
+      output: [V, D], from `Model.output_rows`.
+      good: token id that speaks for a step.
+      bad: token id that speaks against it.
+
+    Raises:
+      ValueError: the two ids are one.
+    """
+    if good == bad:
+      raise ValueError(f'good={good} and bad={bad} are one token; choose two')
+    return {'good': output[good].astype(jnp.float32), 'bad': output[bad].astype(jnp.float32)}
+
+  @staticmethod
+  def apply(
+    params: HeadParams,
+    hidden: jax.Array,
+    embeddings: jax.Array,
+    step_ids: jax.Array,
+    num_steps: int,
+  ) -> jax.Array:
+    """Scores of all steps of a row; arguments and result as `StepHead.apply`."""
+    del embeddings
+    following = jnp.pad(step_ids[:, 1:], ((0, 0), (0, 1)))
+    ends = jnp.where(step_ids != following, step_ids, 0)
+    steps = jnp.arange(1, num_steps + 1)
+    last = (ends[:, :, None] == steps[None, None, :]).astype(jnp.float32)
+    return jnp.einsum('bt,btm->bm', TokenHead._log_odds(params, hidden), last)
+
+  @staticmethod
+  def apply_step(
+    params: HeadParams,
+    previous: jax.Array,
+    hidden: jax.Array,
+    embeddings: jax.Array,
+    mask: jax.Array,
+  ) -> jax.Array:
+    """Score of one new step a row; arguments and result as `StepHead.apply_step`."""
+    del previous, embeddings
+    last = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+    return jnp.sum(jnp.where(last, TokenHead._log_odds(params, hidden), 0.0), axis=1)
+
+  @staticmethod
+  def _log_odds(params: HeadParams, hidden: jax.Array) -> jax.Array:
+    return hidden.astype(jnp.float32) @ (params['good'] - params['bad'])
+
+
+def step_head_of(params: HeadParams) -> type[StepHead] | type[TokenHead]:
+  """The step read-out that parameters belong to, told by their names."""
+  return TokenHead if 'good' in params else StepHead
 
 
 def _token_scores(params, before, hidden, embeddings, is_last) -> jax.Array:

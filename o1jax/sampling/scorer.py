@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from o1jax.models.heads import StepHead
+from o1jax.models.heads import step_head_of
 from o1jax.models.transformer import Model, Params
 from o1jax.sampling.cache import DecodeState, extend, gather_rows, grow, prefill
 from o1jax.sampling.sampler import COLUMN_MULTIPLE, length_batches, round_up
@@ -73,7 +73,8 @@ def _score_steps(model: Model, params, state: DecodeState, slots, tokens, mask) 
   state = gather_rows(state, slots)
   hidden, _ = extend(model, params['trunk'], state, tokens, mask)
   embeddings = model.embed(params['trunk'], tokens)
-  return StepHead.apply_step(params['head'], state.hidden, hidden, embeddings, mask)
+  head = step_head_of(params['head'])
+  return head.apply_step(params['head'], state.hidden, hidden, embeddings, mask)
 
 
 def with_room(model: Model, state: DecodeState, new: int) -> DecodeState:
