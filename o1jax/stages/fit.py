@@ -17,7 +17,7 @@ from o1jax.run.metrics import Lagged
 from o1jax.stages.context import Workbench
 
 # A run of batches that all blow up is a fault of the settings, not bad luck.
-_MAX_SKIPPED = 20
+MAX_SKIPPED = 20
 
 
 def optimizer(config: OptimConfig):
@@ -79,7 +79,7 @@ def fit(
   def emit(step: int, values: dict[str, float]) -> None:
     latest.update(values)
     bench.metrics.write(label, step, values)
-    if values['skipped'] > _MAX_SKIPPED:
+    if values['skipped'] > MAX_SKIPPED:
       raise FloatingPointError(f'{label}: {values["skipped"]:.0f} steps skipped; lower its lr')
 
   with bench.store.checkpoints(stage, name) as saves:
