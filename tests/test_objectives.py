@@ -112,6 +112,23 @@ def test_packing_changes_nothing():
   assert_close(one, other, 2e-5)
 
 
+def test_packing_changes_nothing_for_ppo():
+  loss_fn, make, build = CASES['ppo_critic']
+  batch = dataclasses.replace(build(), imitate=jnp.zeros(B))  # weighs whole rows
+
+  def pack(name, x):
+    if x.ndim == 1:
+      return x[: B // 2]
+    first, second = x[: B // 2], x[B // 2 :]
+    if name == 'segments':
+      second = jnp.where(second > 0, 2, 0)
+    return jnp.concatenate([first, second], axis=1)
+
+  packed = {f.name: pack(f.name, getattr(batch, f.name)) for f in dataclasses.fields(batch)}
+  one, other = (mean_loss_and_gradient(loss_fn, make(), b) for b in (batch, type(batch)(**packed)))
+  assert_close(one, other, 2e-5)
+
+
 def test_what_nothing_predicts_counts_for_nothing():
   tokens, positions, segments, _ = map(jnp.asarray, rows())
   everything = TokenBatch(tokens, positions, segments, jnp.ones((B, T)))
