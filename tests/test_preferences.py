@@ -16,7 +16,7 @@ from o1jax.config import RlConfig
 from o1jax.data import preferences
 from o1jax.data.preferences import Preference
 from o1jax.losses import returns
-from o1jax.stages import pairs, rollouts
+from o1jax.stages import fit, pairs, rollouts
 
 SEEDS = st.integers(0, 10**6)
 few = settings(max_examples=30, deadline=None)
@@ -221,5 +221,15 @@ def test_settings_that_dpo_cannot_use_are_named(overrides, message):
   overrides = [f'rl.{text}' for text in overrides]
   with pytest.raises(config_lib.ConfigError, match=message):
     config_lib.load(ROOT / 'configs/smoke.yaml', [*overrides, 'rl.algorithm=dpo'])
+  if 'smoothing' in message:
+    in_tcg = [text.replace('rl.', 'tcg.') for text in overrides]
+    with pytest.raises(config_lib.ConfigError, match=message):
+      config_lib.load(ROOT / 'configs/smoke.yaml', in_tcg)
   if 'max_kl' in message:
     assert config_lib.load(ROOT / 'configs/smoke.yaml', overrides).rl.max_kl == 0.1
+
+
+def test_twenty_updates_that_are_not_finite_are_enough():
+  fit.stop_if_broken('round0/rl/policy', 20)
+  with pytest.raises(FloatingPointError, match='round0/rl/policy: 21 updates'):
+    fit.stop_if_broken('round0/rl/policy', 21)

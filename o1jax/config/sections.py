@@ -139,6 +139,9 @@ class TcgConfig(Section):
   dpo: OptimConfig = OptimConfig(lr=1e-4, steps=40, batch=16)  # batch: pairs
   beta: Positive = 0.1
   nll: NonNegative = 1.0  # weight of the NLL of the chosen side; without it DPO collapses
+  label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # share of flipped pairs in DPO
+  ipo: bool = False  # the squared loss in place of the sigmoid in DPO
+  length_normalised: bool = False  # margins of means over tokens in DPO
   problems: Count = 500  # of the train split
   draws: Count = 4  # test parts of three real cases, drawn for each problem
   question_share: Share = 0.25  # of the parts that show the question without its program
@@ -152,7 +155,10 @@ class TcgConfig(Section):
   control: bool = True  # also train on the chosen side alone, for as many steps
 
   def relations(self) -> Iterator[Relation]:
-    """What is kept is enough to be used."""
+    """What is kept is enough to be used, and DPO's settings go together."""
+    if self.ipo and self.label_smoothing:
+      text = f'tcg.label_smoothing={self.label_smoothing} has no meaning with tcg.ipo=true'
+      yield ('label_smoothing', 'ipo'), f'{text}; set it to 0'
     if self.min_tests > self.max_tests:
       text = f'tcg.min_tests={self.min_tests} exceeds tcg.max_tests={self.max_tests}'
       yield ('min_tests', 'max_tests'), f'{text}; use at most {self.max_tests}'

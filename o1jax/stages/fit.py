@@ -17,7 +17,7 @@ from o1jax.run.metrics import Lagged
 from o1jax.stages.context import Workbench
 
 # A run of batches that all blow up is a fault of the settings, not bad luck.
-MAX_SKIPPED = 20
+_MAX_SKIPPED = 20
 
 
 def optimizer(config: OptimConfig):
@@ -30,6 +30,12 @@ def optimizer(config: OptimConfig):
     weight_decay=config.weight_decay,
     clip=config.clip or None,
   )
+
+
+def stop_if_broken(label: str, skipped: float) -> None:
+  """Raises FloatingPointError if `label` has skipped more than 20 updates."""
+  if skipped > _MAX_SKIPPED:
+    raise FloatingPointError(f'{label}: {skipped:.0f} updates skipped; lower its lr')
 
 
 def place(bench: Workbench, model, params: Any) -> Any:
@@ -79,8 +85,7 @@ def fit(
   def emit(step: int, values: dict[str, float]) -> None:
     latest.update(values)
     bench.metrics.write(label, step, values)
-    if values['skipped'] > MAX_SKIPPED:
-      raise FloatingPointError(f'{label}: {values["skipped"]:.0f} steps skipped; lower its lr')
+    stop_if_broken(label, values['skipped'])
 
   with bench.store.checkpoints(stage, name) as saves:
     found = saves.restore(state)

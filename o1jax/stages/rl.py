@@ -30,7 +30,7 @@ from o1jax.parallel.sharding import batch_sharding, shard
 from o1jax.sampling.draw import Drawing
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import brief, name_ids, sampler
-from o1jax.stages.fit import MAX_SKIPPED, fit, optimizer, place
+from o1jax.stages.fit import fit, optimizer, place, stop_if_broken
 from o1jax.stages.pairs import pair_batch
 from o1jax.stages.policy_sft import verified_documents
 from o1jax.stages.rollouts import KL, Rollouts, aggregate, roll_out, rollout_batch
@@ -96,8 +96,7 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
         learnt = _learn(run, update, state, reference, rollouts, alpha, iteration, rng)
         state, scalars, more = learnt
         broken += more
-        if broken > MAX_SKIPPED:
-          raise FloatingPointError(f'{label}: {broken} updates skipped; lower rl.lr')
+        stop_if_broken(label, broken)
         _record(run, chunks, iteration, rollouts, name, round_ * config.iterations + iteration)
         tokens += rollouts.sampled_tokens
         last = _summary(run, rollouts, alpha) | scalars
