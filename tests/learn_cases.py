@@ -10,7 +10,7 @@ import pytest
 from o1jax.batch import PairBatch, RolloutBatch, StepBatch, TokenBatch
 from o1jax.learn import logprobs, objectives
 from o1jax.models.config import ModelConfig
-from o1jax.models.heads import ScalarHead, StepHead
+from o1jax.models.heads import ScalarHead, StepHead, TokenHead
 from o1jax.models.transformer import Model
 
 B, T, V, M = 8, 12, 19, 3
@@ -114,6 +114,10 @@ def prm_params():
   return {'trunk': params(), 'head': random_like(StepHead.init(CONFIG), 1)}
 
 
+def token_prm_params():
+  return {'trunk': params(), 'head': TokenHead.init(MODEL.output_rows(params()), 3, 5)}
+
+
 def actor_critic():
   return {'policy': params(), 'critic': random_like(ScalarHead.init(CONFIG), 2)}
 
@@ -124,6 +128,7 @@ CASES = {
   'dpo': (objectives.dpo_loss(MODEL, 0.2, nll=0.5, label_smoothing=0.1), params, pair_batch),
   'ipo': (objectives.dpo_loss(MODEL, ipo=True, length_normalised=True), params, pair_batch),
   'prm': (objectives.prm_loss(MODEL, pair_coef=0.7), prm_params, step_batch),
+  'prm_token': (objectives.prm_loss(MODEL), token_prm_params, step_batch),
   'ppo_critic': (objectives.ppo_loss(MODEL, **CRITIC), actor_critic, rollout_batch),
   'ppo_rows': (objectives.ppo_loss(MODEL, sequence_mean=True), params, rollout_batch),
 }

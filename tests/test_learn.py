@@ -22,7 +22,7 @@ from learn_cases import (
 
 from o1jax.learn import microbatch, optim
 from o1jax.learn.state import init_state
-from o1jax.learn.update import make_update
+from o1jax.learn.update import make_update, run_updates
 
 
 @pytest.mark.parametrize('name, accumulate', [*((n, 4) for n in CASES), ('sft', 1), ('sft', 2)])
@@ -122,6 +122,43 @@ def test_constants_reach_every_microbatch():
   update = make_update(shifted, tx, accumulate=2)
   state, _ = update(init_state({'w': jnp.zeros(2)}, tx), jnp.zeros((4, 2)), jnp.array([1.0, 2.0]))
   np.testing.assert_allclose(state.params['w'], [0.2, 0.4], rtol=1e-6)
+
+
+def drifting(weights, batch):
+  """Learns towards the batch; `old_kl` says how far the weights have gone from 0."""
+  error = jnp.sum((weights['w'][None] - batch) ** 2)
+  return error, jnp.float32(1), {'old_kl': (jnp.abs(weights['w']).max(), jnp.float32(1))}
+
+
+@pytest.mark.parametrize('max_kl, made', [(None, 8), (0.35, 5), (0.0, 2), (100.0, 8)])
+def test_updates_end_where_the_policy_has_moved_enough(max_kl, made):
+  tx = optax.sign_sgd(0.1)  # the k-th update finds the weights at 0.1 (k - 1)
+  state = init_state({'w': jnp.zeros(2)}, tx)
+  batches = [jnp.full((1, 2), 9.0)] * 8
+  state, last, broken = run_updates(make_update(drifting, tx), state, batches, max_kl=max_kl)
+  assert (int(state.step), last['updates'], broken) == (made, made, 0)
+  assert made == 8 or last['old_kl'] > max_kl
+
+
+def test_updates_count_what_is_not_finite_and_not_what_is_empty():
+  tx, good = optax.sgd(0.1), jnp.ones((2, 3))
+  state = init_state({'w': jnp.zeros(3)}, tx)
+  batches = [good, good.at[0, 0].set(jnp.nan), good * jnp.inf, good]
+  _, _, broken = run_updates(make_update(square, tx), state, batches)
+  assert broken == 2
+  empty = dataclasses.replace(token_batch(), loss_mask=jnp.zeros((B, T)))
+  update = make_update(CASES['sft'][0], tx)
+  state, _, broken = run_updates(update, init_state(copied(params()), tx), [empty])
+  assert (int(state.skipped), broken) == (1, 0)
+
+
+def test_a_limit_that_nothing_measures_is_refused():
+  tx = optax.sgd(0.1)
+  state = init_state({'w': jnp.zeros(3)}, tx)
+  with pytest.raises(ValueError, match=r'max_kl=0.1 .*old_kl'):
+    run_updates(make_update(square, tx, donate=False), state, [jnp.ones((2, 3))], max_kl=0.1)
+  with pytest.raises(ValueError, match='empty'):
+    run_updates(make_update(square, tx), state, [])
 
 
 def fsdp(mesh, tree):

@@ -10,7 +10,16 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from o1jax.models import Model, ModelConfig, RopeScaling, ScalarHead, StepHead, attention, ops
+from o1jax.models import (
+  Model,
+  ModelConfig,
+  RopeScaling,
+  ScalarHead,
+  StepHead,
+  TokenHead,
+  attention,
+  ops,
+)
 
 BASE = ModelConfig(61, 32, 2, 4, 2, 48, initializer_range=0.2, max_position=64)
 QWEN3 = dataclasses.replace(
@@ -265,6 +274,41 @@ def test_step_head_incremental_equals_full():
   np.testing.assert_allclose(score, full[:, 0], atol=1e-5)
   nothing = jnp.zeros_like(mask)
   assert (StepHead.apply_step(params, before, *step, nothing) == 0).all()
+
+
+def test_token_head_is_the_good_token_against_the_bad_where_a_step_ends():
+  _, hidden, embeddings, logprobs, step_ids = step_head()
+  output = jax.random.normal(jax.random.key(5), (7, 6))
+  params = TokenHead.init(output, good=2, bad=4)
+  scores = TokenHead.apply(params, hidden, embeddings, logprobs, step_ids, 4)
+  logits = np.asarray(hidden @ output.T, np.float64)
+  for row in range(2):
+    for step in range(1, 5):
+      where = np.flatnonzero(step_ids[row] == step)
+      if not where.size:
+        assert scores[row, step - 1] == 0
+        continue
+      good, bad = np.exp(logits[row, where[-1]][[2, 4]])
+      actual = jax.nn.sigmoid(scores[row, step - 1])
+      np.testing.assert_allclose(actual, good / (good + bad), rtol=1e-4, atol=1e-6)
+  with pytest.raises(ValueError, match='good=3 and bad=3'):
+    TokenHead.init(output, 3, 3)
+
+
+def test_token_head_incremental_equals_full():
+  _, hidden, embeddings, logprobs, step_ids = step_head()
+  params = TokenHead.init(jax.random.normal(jax.random.key(5), (7, 6)), 0, 1)
+  full = TokenHead.apply(params, hidden, embeddings, logprobs, step_ids, 3)
+  start, width = jnp.array([2, 1]), 4  # step 1 of both rows; 3 and 2 tokens long
+  index = start[:, None] + jnp.arange(width)[None]
+  take = lambda x: jnp.take_along_axis(x, index[:, :, None], axis=1)  # noqa: E731
+  mask = jnp.take_along_axis(step_ids, index, axis=1) == 1
+  before = hidden[jnp.arange(2), start - 1]
+  step = (take(hidden), take(embeddings), jnp.take_along_axis(logprobs, index, axis=1))
+  score = TokenHead.apply_step(params, before, *step, mask)
+  np.testing.assert_allclose(score, full[:, 0], atol=1e-5)
+  nothing = jnp.zeros_like(mask)
+  assert (TokenHead.apply_step(params, before, *step, nothing) == 0).all()
 
 
 def test_a_fresh_step_head_says_what_the_policy_thinks_and_a_fresh_scalar_nothing():

@@ -30,7 +30,7 @@ from learn_cases import (
 
 from o1jax.batch import PairBatch, TokenBatch
 from o1jax.learn import logprobs, objectives
-from o1jax.models.heads import ScalarHead, StepHead
+from o1jax.models.heads import ScalarHead
 from o1jax.models.transformer import Model
 
 
@@ -112,6 +112,23 @@ def test_packing_changes_nothing():
   assert_close(one, other, 2e-5)
 
 
+def test_packing_changes_nothing_for_ppo():
+  loss_fn, make, build = CASES['ppo_critic']
+  batch = dataclasses.replace(build(), imitate=jnp.zeros(B))  # weighs whole rows
+
+  def pack(name, x):
+    if x.ndim == 1:
+      return x[: B // 2]
+    first, second = x[: B // 2], x[B // 2 :]
+    if name == 'segments':
+      second = jnp.where(second > 0, 2, 0)
+    return jnp.concatenate([first, second], axis=1)
+
+  packed = {f.name: pack(f.name, getattr(batch, f.name)) for f in dataclasses.fields(batch)}
+  one, other = (mean_loss_and_gradient(loss_fn, make(), b) for b in (batch, type(batch)(**packed)))
+  assert_close(one, other, 2e-5)
+
+
 def test_what_nothing_predicts_counts_for_nothing():
   tokens, positions, segments, _ = map(jnp.asarray, rows())
   everything = TokenBatch(tokens, positions, segments, jnp.ones((B, T)))
@@ -172,12 +189,12 @@ def test_padding_tokens_change_nothing(name):
 def test_the_order_of_rows_changes_nothing(name):
   loss_fn, make, build = CASES[name]
   batch, order = build(), np.random.default_rng(0).permutation(B)
-  if name == 'prm':
+  if name.startswith('prm'):
     fixed = {'pairs': batch.pairs, 'pair_weights': batch.pair_weights}
     place = jnp.asarray(np.argsort(order), jnp.int32)
     fixed['pairs'] = jnp.concatenate([place[batch.pairs[:, :2]], batch.pairs[:, 2:]], 1)
   moved = jax.tree.map(lambda x: x[order] if x.shape[0] == B else x, batch)
-  moved = dataclasses.replace(moved, **fixed) if name == 'prm' else moved
+  moved = dataclasses.replace(moved, **fixed) if name.startswith('prm') else moved
   one, other = (mean_loss_and_gradient(loss_fn, make(), b) for b in (batch, moved))
   assert_close(one, other, 3e-6)
 
@@ -226,7 +243,7 @@ def test_ipo_refuses_label_smoothing():
 @pytest.mark.parametrize('pair_coef, point_coef', [(1.0, 1.0), (0.5, 2.0), (1.0, 0.0), (0.0, 1.0)])
 def test_prm_objective_is_a_mean_over_what_is_judged(pair_coef, point_coef):
   batch = step_batch()
-  scores = objectives.step_scores(MODEL, StepHead, prm_params(), batch)
+  scores = objectives.step_scores(MODEL, prm_params(), batch)
   s, v, w = (np.asarray(x, np.float64) for x in (scores, batch.labels, batch.weights))
   total = point_coef * np.sum(w * (np.log1p(np.exp(s)) - v * s))
   count = point_coef * w.sum()
@@ -271,6 +288,15 @@ def test_ppo_objective_is_its_parts():
   own = {'trunk': params(), 'head': weights['critic']}
   other = objectives.value_on_own_trunk(MODEL)(own, None, batch)
   np.testing.assert_allclose(other[:, 1:], values[:, :-1], atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['advantages', 'old_logprobs', 'ref_logprobs', 'imitate'])
+def test_ppo_refuses_what_is_not_float32(name):
+  batch = rollout_batch()
+  for dtype in (jnp.int32, jnp.bfloat16):
+    wrong = dataclasses.replace(batch, **{name: getattr(batch, name).astype(dtype)})
+    with pytest.raises(AssertionError, match='float32'):
+      CASES['ppo_rows'][0](params(), wrong)
 
 
 def test_ppo_sequence_mean_weighs_rows_alike():

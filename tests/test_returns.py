@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.test_util import check_grads
 
 from o1jax.losses import returns
 
 # Eager scans compile anew at each call; these keep what they compiled.
 gae = jax.jit(returns.gae)
+step_gae = jax.jit(returns.step_gae)
 returns_to_go = jax.jit(returns.returns_to_go)
 group_advantages = jax.jit(returns.group_advantages, static_argnums=2)
 each_gae = jax.jit(jax.vmap(functools.partial(returns.gae, discount=0.9, lam=0.8)))
@@ -126,6 +128,65 @@ def test_step_gae_is_token_gae_when_each_step_is_one_token():
   close(returns.to_tokens(steps, step_ids), tokens, 1e-6)
 
 
+def ragged_steps(rng, steps=4):
+  """Step ids of a prompt, some steps of ragged length and padding; the mask of the steps."""
+  lengths = rng.integers(1, 4, rng.integers(1, steps + 1))
+  ids = [0] * rng.integers(0, 3) + [j for j, n in enumerate(lengths, 1) for _ in range(n)]
+  ids += [0] * (16 - len(ids))
+  return np.array(ids, np.int32), (np.arange(steps) < len(lengths)).astype(np.float64)
+
+
+@few
+@given(SEEDS, st.sampled_from([1.0, 0.9]), st.sampled_from([0.0, 0.7, 1.0]))
+def test_step_gae_matches_the_definition_on_ragged_steps(seed, discount, lam):
+  rng = np.random.default_rng(seed)
+  step_ids, mask = ragged_steps(rng)
+  rewards, values = rng.normal(size=4), rng.normal(size=16)
+  before = np.zeros(4)
+  for j in range(1, int(mask.sum()) + 1):
+    before[j - 1] = values[np.flatnonzero(step_ids == j)[0]]
+  expected = loop_gae(rewards, before, mask, discount, lam, 0.0)
+  advantages, targets = step_gae(f32(rewards), f32(values), step_ids, f32(mask), discount, lam)
+  for t, j in enumerate(step_ids):
+    close(advantages[t], expected[j - 1] if j else 0.0)
+    close(targets[t], expected[j - 1] + before[j - 1] if j else 0.0)
+
+
+@few
+@given(SEEDS)
+def test_sums_over_steps_match_a_loop(seed):
+  rng = np.random.default_rng(seed)
+  step_ids, _ = ragged_steps(rng)
+  tokens = rng.normal(size=16)
+  expected = [tokens[step_ids == j].sum() for j in range(1, 5)]
+  close(returns.over_steps(f32(tokens), jnp.asarray(step_ids), 4), expected)
+
+
+def test_gradients_are_those_of_finite_differences():
+  rng = np.random.default_rng(7)
+  a, b = f32(rng.normal(size=T)), f32(rng.normal(size=T))
+  mask = f32([1, 1, 0, 1, 1, 1, 1, 0, 0])
+  step_ids = jnp.asarray([0, 1, 1, 2, 2, 2, 3, 0, 0], jnp.int32)
+  estimators = {
+    'gae': lambda r, v: returns.gae(r, v, mask, 0.9, 0.8),
+    'returns_to_go': lambda r, v: returns.returns_to_go(r + v, mask, 0.9),
+    'step_gae': lambda r, v: returns.step_gae(r[:3], v, step_ids, jnp.ones(3), 0.9, 0.8)[0],
+    'over_steps': lambda r, v: returns.over_steps(r * v, step_ids, 3),
+    'group': lambda r, v: returns.group_advantages(r + v, mask, True),
+    'whiten': lambda r, v: returns.whiten(r * v, mask),
+    'k1': returns.kl_k1,
+    'k2': returns.kl_k2,
+    'k3': returns.kl_k3,
+  }
+  for name, f in estimators.items():
+    weights = f32(rng.normal(size=f(a, b).shape))
+    total = jax.jit(lambda r, v, f=f, w=weights: jnp.sum(w * f(r, v)))
+    check_grads(total, (a, b), 1, ['rev'], atol=1e-2, rtol=1e-2)
+    if name in ('gae', 'returns_to_go', 'group', 'whiten'):  # masked places reach nothing
+      for g in jax.grad(total, (0, 1))(a, b):
+        np.testing.assert_array_equal(g[mask == 0], 0.0)
+
+
 def test_kl_estimators_estimate_the_kl():
   logits_p, logits_q = np.random.default_rng(1).normal(size=(2, 6))
   p, q = (np.exp(x) / np.exp(x).sum() for x in (logits_p, logits_q))
@@ -173,6 +234,9 @@ x, ints = jnp.ones(4), jnp.ones(4, jnp.int32)
     lambda: returns.gae(ints, x, x, 1.0, 1.0),
     lambda: returns.gae(x, x[:2], x, 1.0, 1.0),
     lambda: returns.returns_to_go(ints, x),
+    lambda: returns.step_gae(ints, x, ints, x, 1.0, 1.0),
+    lambda: returns.step_gae(x, x, x, x, 1.0, 1.0),
+    lambda: returns.over_steps(ints, ints, 2),
     lambda: returns.group_advantages(ints, x),
     lambda: returns.group_step_advantages(x, x),
     lambda: returns.to_tokens(ints, ints),

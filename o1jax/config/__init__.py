@@ -1,7 +1,15 @@
 """What a run is told: typed sections and the reading of them, without JAX."""
 
 from o1jax.config.load import ConfigError, check, closest, diff, load, to_yaml
-from o1jax.config.sections import FREE_KEYS, STAGES, Config, MeshConfig, OptimConfig, Section
+from o1jax.config.sections import (
+  FREE_KEYS,
+  STAGES,
+  Config,
+  MeshConfig,
+  OptimConfig,
+  RlConfig,
+  Section,
+)
 
 __all__ = [
   'FREE_KEYS',
@@ -10,6 +18,7 @@ __all__ = [
   'ConfigError',
   'MeshConfig',
   'OptimConfig',
+  'RlConfig',
   'Section',
   'check',
   'closest',

@@ -139,6 +139,9 @@ class TcgConfig(Section):
   dpo: OptimConfig = OptimConfig(lr=3e-5, steps=40, batch=16)  # batch: pairs
   beta: Positive = 0.1
   nll: NonNegative = 1.0  # weight of the NLL of the chosen side; without it DPO collapses
+  label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # share of flipped pairs in DPO
+  ipo: bool = False  # the squared loss in place of the sigmoid in DPO
+  length_normalised: bool = False  # margins of means over tokens in DPO
   problems: Count = 400  # of the train split
   draws: Count = 4  # test parts of three real cases, drawn for each problem
   question_share: Share = 0.25  # of the parts that show the question without its program
@@ -152,7 +155,10 @@ class TcgConfig(Section):
   control: bool = True  # also train on the chosen side alone, for as many steps
 
   def relations(self) -> Iterator[Relation]:
-    """What is kept is enough to be used."""
+    """What is kept is enough to be used, and DPO's settings go together."""
+    if self.ipo and self.label_smoothing:
+      text = f'tcg.label_smoothing={self.label_smoothing} has no meaning with tcg.ipo=true'
+      yield ('label_smoothing', 'ipo'), f'{text}; set it to 0'
     if self.min_tests > self.max_tests:
       text = f'tcg.min_tests={self.min_tests} exceeds tcg.max_tests={self.max_tests}'
       yield ('min_tests', 'max_tests'), f'{text}; use at most {self.max_tests}'
@@ -194,6 +200,17 @@ class PrmConfig(Section):
   pair_margin: Share = 0.15  # siblings whose mean returns differ by more make a pair
   pair_coef: NonNegative = 1.0  # weight of the pair loss in 'both'
   blend: Share = 0.35  # of the way from the policy's weights to the trained ones; 1: all of it
+  # What a step is scored by: a head on the states of its tokens (value), or the probability of
+  # `good_token` against `bad_token` where it ends (token).
+  readout: Literal['value', 'token'] = 'value'
+  good_token: str = '+'  # each is one token of the tokenizer
+  bad_token: str = '-'
+
+  def relations(self) -> Iterator[Relation]:
+    """The two words differ."""
+    if self.good_token == self.bad_token:
+      text = f'prm.good_token and prm.bad_token are both {self.good_token!r}'
+      yield ('good_token', 'bad_token'), f'{text}; use two tokens'
 
 
 class RlConfig(Section):
@@ -214,6 +231,14 @@ class RlConfig(Section):
   clip: Positive = 0.2  # of the probability ratio
   kl_coef: NonNegative = 0.0
   kl_estimator: Literal['k1', 'k2', 'k3'] = 'k3'
+  kl_in: Literal['loss', 'reward'] = 'loss'  # where the KL to the reference is paid
+  reference: Literal['start', 'iteration'] = 'start'  # the policy of the stage's, or of each, start
+  max_kl: NonNegative = 0.0  # nats a token from the sampling policy end an iteration; 0: none do
+  entropy_coef: NonNegative = 0.0  # bonus for each nat of a token's entropy
+  loss_mean: Literal['token', 'sequence'] = 'token'  # over all tokens, or over rows of their means
+  importance_cap: NonNegative = 0.0  # of weights for rollouts of an older policy; 0: no weights
+  whiten: bool = False  # advantages of an iteration to mean 0 and variance 1
+  normalise: bool = False  # divide a group's advantages by their deviation ('grpo')
   gamma: Share = 0.9
   alpha_start: Share = 1.0  # weight of the outcome in phi at the first iteration
   alpha_end: Share = 0.5  # and at the last
@@ -224,9 +249,17 @@ class RlConfig(Section):
   negative_scale: NonNegative = 1.0  # multiplies negative advantages
   imitation_coef: NonNegative = 0.0  # NLL of verified rollouts
   gae_lambda: Share = 0.95
+  gae: Literal['token', 'step'] = 'token'  # what lambda counts ('ppo')
+  critic: Literal['policy', 'own'] = 'policy'  # the trunk of the critic's head ('ppo')
   value_coef: NonNegative = 0.5
   beta: Positive = 0.3  # of 'dpo'
   nll: NonNegative = 1.0  # of 'dpo'
+  preference: NonNegative = 1.0  # of 'dpo'; 0: the control, SFT on the chosen sides
+  label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # share of flipped pairs in 'dpo'
+  ipo: bool = False  # the squared loss in place of the sigmoid in 'dpo'
+  length_normalised: bool = False  # margins of means over tokens in 'dpo'
+  pairs: Literal['paths', 'siblings', 'both'] = 'paths'  # what 'dpo' compares
+  pair_margin: Share = 0.15  # siblings whose mean returns differ by more make a pair
   control: bool = True  # expert iteration beside it, on as many sampled tokens
 
   @property
@@ -263,12 +296,27 @@ class RlConfig(Section):
     if self.algorithm in ('grpo', 'dpo') and self.group < 2:
       text = f'rl.group={self.group} has nothing to compare within a problem'
       yield ('group', 'algorithm'), f"{text}; use 2 or more, or rl.algorithm='ppo'"
+    yield from self._dpo_relations()
     if self.alpha_end > self.alpha_start:
       text = f'rl.alpha_end={self.alpha_end} is above rl.alpha_start={self.alpha_start}'
       yield ('alpha_end', 'alpha_start'), f'{text}; alpha falls: exchange the two'
     if self.tau_fail >= self.tau_pass:
       text = f'rl.tau_fail={self.tau_fail} is not below rl.tau_pass={self.tau_pass}'
       yield ('tau_fail', 'tau_pass'), f'{text}; a failure would be worth a success'
+
+  def _dpo_relations(self) -> Iterator[Relation]:
+    """What 'dpo' asks of its settings."""
+    if self.algorithm != 'dpo':
+      return
+    if not (self.preference or self.nll):
+      text = 'rl.preference=0 and rl.nll=0 leave nothing to learn'
+      yield ('preference', 'nll'), f'{text}; raise one of them'
+    if self.ipo and self.label_smoothing:
+      text = f'rl.label_smoothing={self.label_smoothing} has no meaning with rl.ipo=true'
+      yield ('label_smoothing', 'ipo'), f'{text}; set it to 0'
+    if self.max_kl:
+      text = f"rl.max_kl={self.max_kl} is not measured by rl.algorithm='dpo'"
+      yield ('max_kl', 'algorithm'), f'{text}; set it to 0'
 
 
 class EvalConfig(Section):

@@ -54,14 +54,19 @@ class Tokenizer:
     Raises:
       ValueError: the tokenizer has no single token for it.
     """
-    return self._single(steps_lib.STEP_END)
+    return self.single(steps_lib.STEP_END)
 
   @functools.cached_property
   def action_ids(self) -> tuple[int, int, int]:
     """Ids of the three action tags."""
-    return tuple(self._single(tag) for tag in steps_lib.ACTIONS)
+    return tuple(self.single(tag) for tag in steps_lib.ACTIONS)
 
-  def _single(self, tag: str) -> int:
+  def single(self, tag: str) -> int:
+    """The one id of `tag`.
+
+    Raises:
+      ValueError: the tokenizer cuts it into several.
+    """
     ids = self.encode(tag)
     if len(ids) != 1:
       raise ValueError(

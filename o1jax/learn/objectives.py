@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -17,9 +18,19 @@ from o1jax.batch import PairBatch, RolloutBatch, StepBatch, TokenBatch
 from o1jax.learn import logprobs as lp
 from o1jax.learn.update import LossFn
 from o1jax.losses import dpo, ppo, prm, returns, sft
-from o1jax.models.heads import ScalarHead, StepHead
+from o1jax.models.heads import ScalarHead, step_head_of
 from o1jax.models.transformer import Model
 
+# Integer rewards would truncate, and bfloat16 ratios would round to 1.
+_ROLLOUT_FLOATS = (
+  'mask',
+  'old_logprobs',
+  'ref_logprobs',
+  'old_values',
+  'advantages',
+  'returns',
+  'imitate',
+)
 # (critic params, hidden [B, T, D] of the policy, batch) -> [B, T] values, aligned:
 # entry t is the value of the state before token t.
 ValueFn = Callable[[Any, jax.Array, RolloutBatch], jax.Array]
@@ -75,6 +86,7 @@ def dpo_loss(
     return dpo.ipo_loss(margin, beta) if ipo else dpo.dpo_loss(margin, beta, label_smoothing)
 
   def loss_fn(params: Any, batch: PairBatch):
+    chex.assert_type([batch.ref_chosen, batch.ref_rejected], jnp.float32)
     chosen, tokens = _answer(model, params, batch.chosen, chunk)
     pair = (tokens > 0).astype(jnp.float32)
     count, mean_nll = pair.sum(), -chosen / jnp.maximum(tokens, 1.0)
@@ -96,21 +108,20 @@ def dpo_loss(
   return loss_fn
 
 
-def step_scores(model: Model, head: type[StepHead], params: Any, batch: StepBatch) -> jax.Array:
+def step_scores(model: Model, params: Any, batch: StepBatch) -> jax.Array:
   """Scores before the sigmoid of all steps of a batch: [B, M] float32.
 
-  `params` is {'trunk': policy-shaped, 'head': from `head.init`}.
+  `params` is {'trunk': policy-shaped, 'head': of a `StepHead` or a `TokenHead`}.
   """
   hidden = model.hidden(params['trunk'], batch.tokens, batch.positions, batch.segments)
   embeddings = model.embed(params['trunk'], batch.tokens)
   logprobs = lp.over_columns(model, params['trunk'], hidden, batch.tokens, lp.target_logprobs)
   num_steps = batch.labels.shape[1]
+  head = step_head_of(params['head'])
   return head.apply(params['head'], hidden, embeddings, logprobs, batch.step_ids, num_steps)
 
 
-def prm_loss(
-  model: Model, head: type[StepHead] = StepHead, pair_coef: float = 1.0, point_coef: float = 1.0
-) -> LossFn:
+def prm_loss(model: Model, pair_coef: float = 1.0, point_coef: float = 1.0) -> LossFn:
   """Process reward loss of a `StepBatch`: point-wise BCE and Bradley-Terry on siblings.
 
   A weighted mean over everything that is judged: a label counts `point_coef` times its
@@ -118,7 +129,7 @@ def prm_loss(
   """
 
   def loss_fn(params: Any, batch: StepBatch):
-    scores = step_scores(model, head, params, batch)
+    scores = step_scores(model, params, batch)
     point, labels = jax.vmap(prm.pointwise_loss)(scores, batch.labels, batch.weights)
     column = jnp.maximum(batch.pairs[:, 2] - 1, 0)  # padding says step 0
     win, lose = scores[batch.pairs[:, 0], column], scores[batch.pairs[:, 1], column]
@@ -173,6 +184,7 @@ def ppo_loss(
   """
 
   def loss_fn(params: Any, batch: RolloutBatch):
+    chex.assert_type([getattr(batch, name) for name in _ROLLOUT_FLOATS], jnp.float32)
     policy = params if value_fn is None else params['policy']
     hidden = model.hidden(policy, batch.tokens, batch.positions, batch.segments)
     mask = batch.mask * lp.predicted(batch.segments)

@@ -9,7 +9,8 @@ nothing but memory.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -87,6 +88,48 @@ class Update:
       donated = (0,) if self._donate else ()
       self._jitted[key] = jax.jit(self._step, donate_argnums=donated, **pinned)
     return self._jitted[key]
+
+
+def run_updates(
+  update: Callable[..., tuple[TrainState, Metrics]],
+  state: TrainState,
+  batches: Iterable[Any],
+  *,
+  max_kl: float | None = None,
+) -> tuple[TrainState, dict[str, float], int]:
+  """Updates on the minibatches of one set of rollouts, until the policy has moved enough.
+
+  The metric `old_kl` of `objectives.ppo_loss`, the mean KL of a token from the sampling to
+  the present policy (estimator k3, on the minibatch before its update), is held against
+  `max_kl`: the update that shows it passed is the last one. Each update is awaited.
+
+  Args:
+    update: from `make_update`.
+    state: where to start.
+    batches: minibatches in order, at least one.
+    max_kl: nats a token; None for no limit.
+
+  Returns:
+    (state, metrics of the last update, how many had a loss or gradient that is not finite).
+    The metrics have `updates` beside them: how many were made.
+
+  Raises:
+    ValueError: no minibatch, or a limit on a loss that does not measure `old_kl`.
+  """
+  made, broken, scalars = 0, 0, {}
+  for batch in batches:
+    state, metrics = update(state, batch)
+    scalars = {name: float(value) for name, value in metrics.items()}
+    made += 1
+    broken += not (math.isfinite(scalars['loss']) and math.isfinite(scalars['grad_norm']))
+    if max_kl is not None:
+      if 'old_kl' not in scalars:
+        raise ValueError(f'max_kl={max_kl} needs a loss with the metric old_kl; use None')
+      if scalars['old_kl'] > max_kl:
+        break
+  if not made:
+    raise ValueError('batches is empty: there is nothing to learn from')
+  return state, scalars | {'updates': float(made)}, broken
 
 
 def _sums(loss_fn: LossFn, params: Any, batch: Any, consts: tuple[Any, ...]) -> Any:

@@ -174,6 +174,54 @@ def at_first_token(tokens: jax.Array, step_ids: jax.Array, num_steps: int) -> ja
   return jax.ops.segment_sum(first, step_ids, num_steps + 1)[1:]
 
 
+def over_steps(tokens: jax.Array, step_ids: jax.Array, num_steps: int) -> jax.Array:
+  """Sum a per-token array over the tokens of each step, as for a KL paid by the step.
+
+  Args:
+    tokens: [T] float32.
+    step_ids: [T] int32, as in `to_tokens`.
+    num_steps: M.
+
+  Returns:
+    [M] float32, 0 for steps without tokens.
+  """
+  chex.assert_rank([tokens, step_ids], 1)
+  chex.assert_type([tokens, step_ids], [jnp.float32, jnp.int32])
+  return jax.ops.segment_sum(tokens, step_ids, num_steps + 1)[1:]
+
+
+def step_gae(
+  rewards: jax.Array,
+  values: jax.Array,
+  step_ids: jax.Array,
+  mask: jax.Array,
+  discount: float,
+  lam: float,
+) -> tuple[jax.Array, jax.Array]:
+  """`gae` with a step for an action: lambda counts steps, and a step's tokens share its advantage.
+
+  The value of step j's state is the critic's at the first token of j. With token-level
+  `gae` a reward fades by lambda with every token, here with every step.
+
+  Args:
+    rewards: [M] float32, one a step.
+    values: [T] float32, value of the state before each token.
+    step_ids: [T] int32, as in `to_tokens`.
+    mask: [M] float32, 0 where there is no such step.
+    discount: between neighbouring steps.
+    lam: as in `gae`.
+
+  Returns:
+    (advantages, targets), [T] float32, 0 outside all steps; the target of every token is
+    the advantage of its step plus the value of that step's state.
+  """
+  _guard(1, rewards, mask)
+  before = at_first_token(values, step_ids, len(rewards))
+  advantages = gae(rewards, before, mask, discount, lam)
+  targets = mask * (advantages + before)
+  return to_tokens(advantages, step_ids), to_tokens(targets, step_ids)
+
+
 def kl_k1(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
   """`log p - log q` on samples of p: unbiased for KL(p, q), of high variance.
 

@@ -1,7 +1,8 @@
-"""Read-outs on a decoder's hidden states: the critic's scalar and the PRM's step score.
+"""Read-outs on a decoder's hidden states: the critic's scalar and the PRM's step scores.
 
 Pure `init` / `apply` pairs on float32 parameters. A fresh `ScalarHead` says 0 everywhere; a fresh
-`StepHead` scores a step by the log-probability that its trunk, still the policy, gives it.
+`StepHead` scores a step by the log-probability that its trunk, still the policy, gives it; a fresh
+`TokenHead` asks the language model itself. Scores of steps are log-odds: r_j = sigmoid(score_j).
 Shapes: B rows, T tokens, M steps, R search rows, t tokens of one step, D width.
 """
 
@@ -38,7 +39,7 @@ class StepHead:
   with p the trunk's own next-token distribution and a = 1, W = 0, w = 0 at the start: the head
   begins as what the policy thinks of the step and learns where that is wrong. The bilinear term
   judges every token as an action in the state before it; a plain last-token head learns several
-  times slower. r_j = sigmoid(score_j).
+  times slower.
   """
 
   @staticmethod
@@ -103,6 +104,75 @@ class StepHead:
     last = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
     scores = _token_scores(params, before, hidden, embeddings, logprobs, last)
     return jnp.sum(jnp.where(mask, scores, 0.0), axis=1)
+
+
+class TokenHead:
+  """The score of a reasoning step as a word: "good" against "bad" where the step ends.
+
+      score_j = h[last token of j] . (u_good - u_bad)
+
+  `u` are rows of the output layer, so r_j = sigmoid(score_j) is the probability of the
+  good token among the two, in the state after the step's closing tag (the way of
+  O1-CODER's released PRM). Departures from it: the rows are copied out of the language
+  model and trained as the head's own; and the closing tag of a step takes the part of the
+  word " Rating", which a problem's statement may contain.
+  """
+
+  @staticmethod
+  def init(output: jax.Array, good: int, bad: int) -> HeadParams:
+    """{'good': [D], 'bad': [D]} from the output layer.
+
+    Args:
+      output: [V, D], from `Model.output_rows`.
+      good: token id that speaks for a step.
+      bad: token id that speaks against it.
+
+    Raises:
+      ValueError: the two ids are one.
+    """
+    if good == bad:
+      raise ValueError(f'good={good} and bad={bad} are one token; choose two')
+    return {'good': output[good].astype(jnp.float32), 'bad': output[bad].astype(jnp.float32)}
+
+  @staticmethod
+  def apply(
+    params: HeadParams,
+    hidden: jax.Array,
+    embeddings: jax.Array,
+    logprobs: jax.Array,
+    step_ids: jax.Array,
+    num_steps: int,
+  ) -> jax.Array:
+    """Scores of all steps of a row; arguments and result as `StepHead.apply`."""
+    del embeddings, logprobs
+    following = jnp.pad(step_ids[:, 1:], ((0, 0), (0, 1)))
+    ends = jnp.where(step_ids != following, step_ids, 0)
+    steps = jnp.arange(1, num_steps + 1)
+    last = (ends[:, :, None] == steps[None, None, :]).astype(jnp.float32)
+    return jnp.einsum('bt,btm->bm', TokenHead._log_odds(params, hidden), last)
+
+  @staticmethod
+  def apply_step(
+    params: HeadParams,
+    previous: jax.Array,
+    hidden: jax.Array,
+    embeddings: jax.Array,
+    logprobs: jax.Array,
+    mask: jax.Array,
+  ) -> jax.Array:
+    """Score of one new step a row; arguments and result as `StepHead.apply_step`."""
+    del previous, embeddings, logprobs
+    last = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+    return jnp.sum(jnp.where(last, TokenHead._log_odds(params, hidden), 0.0), axis=1)
+
+  @staticmethod
+  def _log_odds(params: HeadParams, hidden: jax.Array) -> jax.Array:
+    return hidden.astype(jnp.float32) @ (params['good'] - params['bad'])
+
+
+def step_head_of(params: HeadParams) -> type[StepHead] | type[TokenHead]:
+  """The step read-out that parameters belong to, told by their names."""
+  return TokenHead if 'good' in params else StepHead
 
 
 def states_before(previous: jax.Array, hidden: jax.Array) -> jax.Array:

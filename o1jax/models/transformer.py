@@ -195,9 +195,13 @@ class Model:
       x, _ = jax.lax.scan(step, x, (params['layers'], is_window))
     return rms_norm(x, params['norm'], c.rms_norm_eps)
 
+  def output_rows(self, params: Params) -> jax.Array:
+    """The output layer, [V, D]: the embedding where the two are tied."""
+    return params['embed'] if self.config.tie_embeddings else params['lm_head']
+
   def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
     """hidden [..., D] -> next-token logits [..., V] in float32."""
-    kernel = params['embed'] if self.config.tie_embeddings else params['lm_head']  # [V, D]
+    kernel = self.output_rows(params)
     rows = hidden.reshape(-1, hidden.shape[-1])
     return linear(rows, kernel.T, jnp.float32).reshape(*hidden.shape[:-1], -1)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from o1jax.models.heads import StepHead, states_before
+from o1jax.models.heads import states_before, step_head_of
 from o1jax.models.transformer import Model, Params
 from o1jax.sampling.cache import DecodeState, extend, gather_rows, grow, prefill
 from o1jax.sampling.sampler import COLUMN_MULTIPLE, length_batches, round_up
@@ -74,8 +74,9 @@ def _score_steps(model: Model, params, state: DecodeState, slots, tokens, mask) 
   state = gather_rows(state, slots)
   hidden, _ = extend(model, params['trunk'], state, tokens, mask)
   embeddings = model.embed(params['trunk'], tokens)
+  head = step_head_of(params['head'])
   logprobs = _logprobs(model, params['trunk'], states_before(state.hidden, hidden), tokens)
-  return StepHead.apply_step(params['head'], state.hidden, hidden, embeddings, logprobs, mask)
+  return head.apply_step(params['head'], state.hidden, hidden, embeddings, logprobs, mask)
 
 
 def _logprobs(model: Model, trunk: Params, before: jax.Array, tokens: jax.Array) -> jax.Array:

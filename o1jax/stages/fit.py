@@ -32,6 +32,12 @@ def optimizer(config: OptimConfig):
   )
 
 
+def stop_if_broken(label: str, skipped: float) -> None:
+  """Raises FloatingPointError if `label` has skipped more than 20 updates."""
+  if skipped > _MAX_SKIPPED:
+    raise FloatingPointError(f'{label}: {skipped:.0f} updates skipped; lower its lr')
+
+
 def place(bench: Workbench, model, params: Any) -> Any:
   """A fresh copy of `params` laid out over the mesh, safe to be donated."""
   return jax.tree.map(jnp.copy, shard(params, param_shardings(bench.mesh, model, params)))
@@ -79,8 +85,7 @@ def fit(
   def emit(step: int, values: dict[str, float]) -> None:
     latest.update(values)
     bench.metrics.write(label, step, values)
-    if values['skipped'] > _MAX_SKIPPED:
-      raise FloatingPointError(f'{label}: {values["skipped"]:.0f} steps skipped; lower its lr')
+    stop_if_broken(label, values['skipped'])
 
   with bench.store.checkpoints(stage, name) as saves:
     found = saves.restore(state)

@@ -14,8 +14,9 @@ from o1jax.batch import StepBatch
 from o1jax.data.pipeline import of_list
 from o1jax.data.prefix_tree import PrefixTree, by_problem
 from o1jax.data.step_batches import StepBatchShape, step_batches
+from o1jax.learn import prm_metrics
 from o1jax.learn.objectives import prm_loss, step_scores
-from o1jax.models.heads import StepHead
+from o1jax.models.heads import StepHead, TokenHead
 from o1jax.sampling.draw import SAMPLE
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import name_ids, sampler
@@ -35,8 +36,12 @@ def batch_shape(run: Run) -> StepBatchShape:
 
 
 def initial(run: Run, policy: Any) -> Any:
-  """A PRM that starts from the policy's trunk with a zero head."""
-  return {'trunk': policy, 'head': StepHead.init(run.model.config)}
+  """A PRM that starts from the policy's trunk: with a zero head, or the policy's own words."""
+  config = run.config.prm
+  if config.readout == 'value':
+    return {'trunk': policy, 'head': StepHead.init(run.model.config)}
+  good, bad = (run.tokenizer.single(text) for text in (config.good_token, config.bad_token))
+  return {'trunk': policy, 'head': TokenHead.init(run.model.output_rows(policy), good, bad)}
 
 
 def train_prm(run: Run, round_: int, policy: Any, found: Sequence[Trajectory]) -> Any:
@@ -100,7 +105,7 @@ def accepted_returns(found: Iterable[Trajectory]) -> list[Trajectory]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _scores(model, params, batch: StepBatch) -> jax.Array:
-  return step_scores(model, StepHead, params, batch)
+  return step_scores(model, params, batch)
 
 
 def score_paths(
@@ -174,12 +179,14 @@ def sibling_metrics(
   problems: Sequence[Problem],
   trees: dict[str, PrefixTree],
   logprobs: dict[tuple[str, tuple], float],
-) -> dict[str, float]:
+) -> dict[str, Any]:
   """How well step scores order siblings of held-out trees, beside the policy's log-prob.
 
   A step is good if some roll-out through it was accepted, bad if none was. AUC is
   over all (good, bad) sibling pairs of a prefix, ties count half; pair accuracy is
-  over siblings whose mean returns differ by more than `prm.pair_margin`.
+  over siblings whose mean returns differ by more than `prm.pair_margin`. Log-loss (nats a
+  step), accuracy and the calibration curve (`[predicted, observed]`, 0 in an empty bin) compare
+  r of every step with its mean return.
 
   Args:
     run: the run.
@@ -208,6 +215,22 @@ def sibling_metrics(
     'logprob_sibling_auc': wins['auc'][1] / max(totals['auc'], 1),
     'logprob_pair_accuracy': wins['pair'][1] / max(totals['pair'], 1),
     'pairs': totals['pair'],
+  } | _said_and_seen(scores, trees)
+
+
+def _said_and_seen(scores, trees: dict[str, PrefixTree]) -> dict[str, Any]:
+  """What the scores say of each step beside the mean return that was seen."""
+  said = np.array(list(scores.values()))
+  seen = np.array([trees[problem_id].nodes[prefix].value for problem_id, prefix in scores])
+  if not len(said):
+    return {}
+  curve = prm_metrics.calibration(said, seen)
+  return {
+    'log_loss': prm_metrics.log_loss(said, seen),
+    'accuracy': prm_metrics.accuracy(said, seen),
+    'calibration_error': curve.error,
+    'calibration_counts': curve.counts.tolist(),
+    'calibration_curve': np.nan_to_num(np.stack([curve.predicted, curve.observed])).tolist(),
   }
 
 

@@ -10,28 +10,32 @@ import jax
 import numpy as np
 
 from o1jax import rewards
-from o1jax.batch import PairBatch, RolloutBatch, TokenBatch
+from o1jax.batch import RolloutBatch, TokenBatch
 from o1jax.data import steps as steps_lib
 from o1jax.data import stepwise
 from o1jax.data.pack import pack
 from o1jax.data.pipeline import batches
 from o1jax.learn.logprobs import token_logprobs
-from o1jax.learn.objectives import dpo_loss, ppo_loss, sft_loss, value_on_policy
+from o1jax.learn.objectives import (
+  dpo_loss,
+  ppo_loss,
+  sft_loss,
+  value_on_own_trunk,
+  value_on_policy,
+)
 from o1jax.learn.state import init_state
-from o1jax.learn.update import make_update
-from o1jax.losses import returns as returns_lib
+from o1jax.learn.update import make_update, run_updates
 from o1jax.models.heads import ScalarHead
 from o1jax.parallel.sharding import batch_sharding, shard
 from o1jax.sampling.draw import Drawing
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import brief, name_ids, sampler
-from o1jax.stages.fit import fit, optimizer, place
+from o1jax.stages.fit import fit, optimizer, place, stop_if_broken
+from o1jax.stages.pairs import pair_batch
 from o1jax.stages.policy_sft import verified_documents
-from o1jax.stages.rollouts import Rollouts, aggregate, roll_out, rollout_batch
+from o1jax.stages.rollouts import KL, Rollouts, aggregate, roll_out, rollout_batch
 from o1jax.stages.synthesis import as_trajectories
 from o1jax.types import TestCase, Trajectory
-
-_KL = {'k1': returns_lib.kl_k1, 'k2': returns_lib.kl_k2, 'k3': returns_lib.kl_k3}
 
 
 def improve_policy(
@@ -73,13 +77,13 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
   tx = optimizer(config.optim)
   state = init_state(start, tx)
   update = make_update(loss_fn, tx)
-  label, last, tokens = f'{name}/policy', {}, 0
+  label, last, tokens, broken = f'{name}/policy', {}, 0, 0
   with bench.store.checkpoints(name, 'policy') as saves:
     found = saves.restore(state)
     begin = 0
     if found is not None:
       begin, state, meta = found
-      last, tokens = meta['last'], meta['tokens']
+      last, tokens, broken = meta['last'], meta['tokens'], meta.get('broken', 0)
     bench.metrics.begin(label, after=begin)
     with bench.progress.bar(label, config.iterations, begin) as bar:
       for iteration in range(begin, config.iterations):
@@ -88,13 +92,17 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
         chosen = [problems[i] for i in rng.permutation(len(problems))[: config.problems]]
         rollouts = roll_out(run, _policy_of(state.params), prm, chosen, tests, seed=seed)
         alpha = alpha_at(run, iteration)
-        state, scalars = _learn(run, update, state, policy, rollouts, alpha, iteration, rng)
+        reference = policy if config.reference == 'start' else _policy_of(state.params)
+        learnt = _learn(run, update, state, reference, rollouts, alpha, iteration, rng)
+        state, scalars, more = learnt
+        broken += more
+        stop_if_broken(label, broken)
         _record(run, chunks, iteration, rollouts, name, round_ * config.iterations + iteration)
         tokens += rollouts.sampled_tokens
-        last = _summary(run, rollouts, alpha) | {k: float(v) for k, v in scalars.items()}
+        last = _summary(run, rollouts, alpha) | scalars
         bench.metrics.write(label, iteration + 1, last)
         bar.update(iteration + 1, f'outcome {last["outcome"]:.3f}')
-        saves.save(iteration + 1, state, {'last': last, 'tokens': tokens})
+        saves.save(iteration + 1, state, {'last': last, 'tokens': tokens, 'broken': broken})
   return _policy_of(state.params), last, tokens
 
 
@@ -116,23 +124,43 @@ def _loss(run: Run, policy: Any):
   config = run.config.rl
   start = place(run.bench, run.model, policy)
   if config.algorithm == 'dpo':
-    return dpo_loss(run.model, config.beta, nll=config.nll), start
+    loss = dpo_loss(
+      run.model,
+      config.beta,
+      nll=config.nll,
+      preference=config.preference,
+      label_smoothing=config.label_smoothing,
+      ipo=config.ipo,
+      length_normalised=config.length_normalised,
+    )
+    return loss, start
   critic = config.algorithm == 'ppo'
   loss = ppo_loss(
     run.model,
     clip_low=config.clip,
     clip_high=config.clip,
     negative_scale=config.negative_scale,
-    kl_coef=config.kl_coef,
-    kl=_KL[config.kl_estimator],
-    value_fn=value_on_policy if critic else None,
+    kl_coef=config.kl_coef if config.kl_in == 'loss' else 0.0,
+    kl=KL[config.kl_estimator],
+    entropy_coef=config.entropy_coef,
+    sequence_mean=config.loss_mean == 'sequence',
+    value_fn=_value_fn(run.model, config.critic) if critic else None,
     value_coef=config.value_coef,
   )
-  head = shard(
-    ScalarHead.init(run.model.config),
-    jax.sharding.NamedSharding(run.bench.mesh, jax.sharding.PartitionSpec()),
-  )
-  return loss, {'policy': start, 'critic': head} if critic else start
+  return loss, {'policy': start, 'critic': _critic(run, policy)} if critic else start
+
+
+def _critic(run: Run, policy: Any) -> Any:
+  """A zero head on the policy's trunk, or on a copy of it that the critic trains for itself."""
+  whole = jax.sharding.NamedSharding(run.bench.mesh, jax.sharding.PartitionSpec())
+  head = shard(ScalarHead.init(run.model.config), whole)
+  if run.config.rl.critic == 'policy':
+    return head
+  return {'trunk': place(run.bench, run.model, policy), 'head': head}
+
+
+def _value_fn(model: Any, critic: str):
+  return value_on_policy if critic == 'policy' else value_on_own_trunk(model)
 
 
 def _policy_of(params: Any) -> Any:
@@ -140,33 +168,37 @@ def _policy_of(params: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logprobs(model, params, tokens, positions, segments):
-  return token_logprobs(model, params, tokens, positions, segments)
+def _logprobs(model, params, batch):
+  return token_logprobs(model, params, batch.tokens, batch.positions, batch.segments)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _values(model, params, tokens, positions, segments):
-  hidden = model.hidden(params['policy'], tokens, positions, segments)
-  return value_on_policy(params['critic'], hidden, None)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _values(model, critic, params, batch):
+  hidden = model.hidden(params['policy'], batch.tokens, batch.positions, batch.segments)
+  return _value_fn(model, critic)(params['critic'], hidden, batch)
 
 
 def _learn(run: Run, update, state, reference, rollouts: Rollouts, alpha, iteration, rng):
-  """All updates of one iteration; returns the state and the last metrics."""
+  """The updates of one iteration: the state, the last metrics, how many were not finite."""
   config = run.config.rl
   rows = batch_sharding(run.bench.mesh)
-  for batch in _minibatches(run, state, reference, rollouts, alpha, iteration, rng):
-    state, scalars = update(state, shard(batch, rows))
+  batches = _minibatches(run, state, reference, rollouts, alpha, iteration, rng)
+  placed = (shard(batch, rows) for batch in batches)
+  state, scalars, broken = run_updates(update, state, placed, max_kl=config.max_kl or None)
   wanted = ('loss', 'grad_norm', 'skipped', 'clip_fraction', 'old_kl', 'accuracy', 'margin')
+  wanted = (*wanted, 'updates')
   if config.algorithm != 'dpo':
     wanted = (*wanted, 'policy_loss', 'kl', 'imitation')
-  return state, {k: scalars[k] for k in wanted if k in scalars}
+    wanted = (*wanted, 'entropy') if config.entropy_coef else wanted
+  return state, {k: scalars[k] for k in wanted if k in scalars}, broken
 
 
 def _minibatches(run: Run, state, reference, rollouts: Rollouts, alpha, iteration, rng):
   config = run.config.rl
   size = config.minibatch
   if config.algorithm == 'dpo':
-    whole = _pairs(run, reference, rollouts, alpha, config.rows // 2)
+    ref_logprobs = lambda side: np.asarray(_logprobs(run.model, reference, side))  # noqa: E731
+    whole = pair_batch(config, rollouts, alpha, ref_logprobs, config.rows // 2)
     size = max(1, config.minibatch // 2)
   else:
     whole = _rollout_batch(run, state, reference, rollouts, alpha, iteration)
@@ -181,47 +213,20 @@ def _minibatches(run: Run, state, reference, rollouts: Rollouts, alpha, iteratio
 def _rollout_batch(
   run: Run, state, reference, rollouts: Rollouts, alpha, iteration
 ) -> RolloutBatch:
+  """The iteration's batch, with what the configured loss reads of the models."""
   config = run.config.rl
-  zeros = np.zeros(rollouts.tokens.shape, np.float32)
-  plain = rollout_batch(run, rollouts, alpha, version=iteration, ref_logprobs=zeros, values=None)
-  views = (plain.tokens, plain.positions, plain.segments)
-  ref = np.asarray(_logprobs(run.model, reference, *views)) if config.kl_coef else zeros
-  if config.algorithm != 'ppo' and not config.kl_coef:
-    return plain
+  args = {'version': iteration, 'ref_logprobs': np.zeros(rollouts.tokens.shape, np.float32)}
+  plain = rollout_batch(config, rollouts, alpha, values=None, **args)
+  views = TokenBatch(plain.tokens, plain.positions, plain.segments, plain.mask)
+  if config.kl_coef:
+    args['ref_logprobs'] = np.asarray(_logprobs(run.model, reference, views))
+  if config.importance_cap:
+    now = _logprobs(run.model, _policy_of(state.params), views)
+    args['now_logprobs'] = np.asarray(now)
   values = None
   if config.algorithm == 'ppo':
-    values = np.asarray(_values(run.model, state.params, *views))
-  return rollout_batch(run, rollouts, alpha, version=iteration, ref_logprobs=ref, values=values)
-
-
-def _pairs(run: Run, reference, rollouts: Rollouts, alpha: float, limit: int) -> PairBatch:
-  """Best against worst path of each group by phi, padded by empty pairs to `limit`."""
-  group = run.config.rl.group
-  phi, _ = aggregate(run, rollouts, alpha)
-  chosen, rejected = [], []
-  for start in range(0, len(phi), group):
-    order = start + np.argsort(-phi[start : start + group], kind='stable')
-    for best, worst in zip(order[: group // 2], order[::-1][: group // 2], strict=True):
-      if rollouts.outcome[best] > rollouts.outcome[worst]:
-        chosen.append(best)
-        rejected.append(worst)
-  sides = []
-  for rows in (chosen[:limit], rejected[:limit]):
-    picked = np.zeros(limit, int)
-    picked[: len(rows)] = rows
-    real = (np.arange(limit) < len(rows))[:, None]
-    mask = rollouts.generated[picked] & real
-    width = mask.shape[1]
-    used = np.arange(width) <= (rollouts.generated[picked].cumsum(1).argmax(1))[:, None]
-    positions = np.broadcast_to(np.arange(width, dtype=np.int32), mask.shape).copy()
-    sides.append(
-      TokenBatch(rollouts.tokens[picked], positions, used.astype(np.int32), mask.astype(np.float32))
-    )
-  sums = [
-    np.asarray(_logprobs(run.model, reference, s.tokens, s.positions, s.segments) * s.loss_mask)
-    for s in sides
-  ]
-  return PairBatch(*sides, *[s.sum(axis=1).astype(np.float32) for s in sums])
+    values = np.asarray(_values(run.model, config.critic, state.params, views))
+  return rollout_batch(config, rollouts, alpha, values=values, **args)
 
 
 def _record(run: Run, chunks, iteration: int, rollouts: Rollouts, origin: str, version: int):
@@ -232,7 +237,7 @@ def _record(run: Run, chunks, iteration: int, rollouts: Rollouts, origin: str, v
 
 
 def _summary(run: Run, rollouts: Rollouts, alpha: float) -> dict[str, float]:
-  phi, _ = aggregate(run, rollouts, alpha)
+  phi, _ = aggregate(run.config.rl, rollouts, alpha)
   real = np.maximum(rollouts.mask.sum(), 1.0)
   return {
     'outcome': float(rollouts.outcome.mean()),

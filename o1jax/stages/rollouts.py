@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from o1jax import rewards
 from o1jax.batch import RolloutBatch
+from o1jax.config import RlConfig
 from o1jax.data.paths import step_ids_of
+from o1jax.losses import ppo
 from o1jax.losses import returns as returns_lib
 from o1jax.sampling.draw import Drawing
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import name_ids, sampler
 from o1jax.stages.prm import score_paths
 from o1jax.types import Problem, Step, TestCase
+
+KL = {'k1': returns_lib.kl_k1, 'k2': returns_lib.kl_k2, 'k3': returns_lib.kl_k3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,53 +104,105 @@ def _rows(run: Run, prompts, drawn):
   return tokens, generated, logprobs
 
 
-def aggregate(run: Run, rollouts: Rollouts, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-  """phi of each path [B] and its additive step rewards [B, M]."""
-  gamma = run.config.rl.gamma
-  args = (rollouts.outcome, rollouts.process, rollouts.mask, alpha, gamma)
-  return rewards.phi(*args), rewards.step_rewards(*args)
+def aggregate(config: RlConfig, rollouts: Rollouts, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+  """phi of each path [B] and its additive step rewards [B, M], float32."""
+  args = (rollouts.outcome, rollouts.process, rollouts.mask, alpha, config.gamma)
+  phi, step_rewards = rewards.phi(*args), rewards.step_rewards(*args)
+  chex.assert_type([phi, step_rewards], jnp.float32)
+  return phi, step_rewards
 
 
-@jax.jit
-def _group_advantages(step_rewards, mask, step_ids):
+@functools.partial(jax.jit, static_argnames='normalise')
+def _group_advantages(step_rewards, mask, step_ids, normalise):
   """[P, G, M] step rewards -> [P, G, T] advantages relative to the group."""
+  relative = functools.partial(returns_lib.group_step_advantages, normalise=normalise)
   togo = jax.vmap(jax.vmap(lambda r, m: returns_lib.returns_to_go(r, m)))(step_rewards, mask)
-  advantages = jax.vmap(returns_lib.group_step_advantages)(togo, mask)
+  advantages = jax.vmap(relative)(togo, mask)
   return jax.vmap(jax.vmap(returns_lib.to_tokens))(advantages, step_ids)
 
 
 @jax.jit
-def _gae(step_rewards, step_ids, values, mask, lam):
-  """Token-level GAE: [B, M], [B, T], [B, T], [B, T] -> [B, T]."""
-  per_token = jax.vmap(returns_lib.at_last_token)(step_rewards, step_ids)
+def _gae(step_rewards, penalty, step_ids, values, mask, lam):
+  """Token-level GAE: [B, M], then [B, T] each -> advantages [B, T]."""
+  per_token = jax.vmap(returns_lib.at_last_token)(step_rewards, step_ids) - penalty
   run = lambda r, v, m: returns_lib.gae(r, v, m, 1.0, lam)  # noqa: E731
   return jax.vmap(run)(per_token, values, mask)
 
 
+@jax.jit
+def _step_gae(step_rewards, step_mask, step_ids, values, lam):
+  """Step-level GAE: [B, M] twice, [B, T] twice -> advantages and targets [B, T]."""
+  run = lambda r, v, i, m: returns_lib.step_gae(r, v, i, m, 1.0, lam)  # noqa: E731
+  return jax.vmap(run)(step_rewards, values, step_ids, step_mask)
+
+
+def _advantages(config: RlConfig, rollouts: Rollouts, step_rewards, penalty, mask, values):
+  """Advantages and the critic's targets, [B, T] each; `penalty` [B, T] is taken off the rewards."""
+  step_ids, step_mask = rollouts.step_ids, rollouts.mask * rollouts.valid[:, None]
+  by_token = values is not None and config.gae == 'token'
+  if penalty.any() and not by_token:
+    sums = functools.partial(returns_lib.over_steps, num_steps=step_rewards.shape[1])
+    step_rewards = step_rewards - np.asarray(jax.vmap(sums)(penalty, step_ids))
+  if values is None:
+    grouped = [
+      x.reshape(-1, config.group, x.shape[-1]) for x in (step_rewards, step_mask, step_ids)
+    ]
+    found = _group_advantages(*map(jnp.asarray, grouped), normalise=config.normalise)
+    advantages = targets = np.asarray(found).reshape(mask.shape)
+  elif by_token:
+    lam = config.gae_lambda
+    advantages = np.asarray(_gae(step_rewards, penalty, step_ids, values, mask, lam))
+    targets = advantages + values
+  else:
+    found = _step_gae(step_rewards, step_mask, step_ids, values, config.gae_lambda)
+    advantages, targets = map(np.asarray, found)
+  if config.whiten:
+    advantages = np.asarray(returns_lib.whiten(jnp.asarray(advantages * mask), jnp.asarray(mask)))
+  return advantages, targets
+
+
+@functools.partial(jax.jit, static_argnames='cap')
+def _truncated(now, behaviour, mask, cap):
+  """Importance weights [B, T] of rollouts that an older policy sampled."""
+  weights = functools.partial(ppo.importance_weights, cap=cap)
+  return jax.vmap(weights)(now, behaviour, mask)
+
+
 def rollout_batch(
-  run: Run,
+  config: RlConfig,
   rollouts: Rollouts,
   alpha: float,
   *,
   version: int,
   ref_logprobs: np.ndarray,
   values: np.ndarray | None,
+  now_logprobs: np.ndarray | None = None,
 ) -> RolloutBatch:
-  """The batch of one iteration; with `values` [B, T] by GAE, else relative to the group."""
-  config = run.config.rl
-  _, step_rewards = aggregate(run, rollouts, alpha)
+  """The batch of one iteration; with `values` [B, T] by GAE, else relative to the group.
+
+  Args:
+    config: of the stage.
+    rollouts: groups of `config.group` rows.
+    alpha: weight of the outcome.
+    version: updates that the sampling policy had seen.
+    ref_logprobs: [B, T] float32, of the reference.
+    values: [B, T] float32, the critic's, or None without one.
+    now_logprobs: [B, T] float32, of the policy before the first update, where the rollouts
+      may be an older one's: the ratio is then kept close to it, and the advantages carry
+      importance weights of at most `config.importance_cap`.
+  """
+  _, step_rewards = aggregate(config, rollouts, alpha)
   mask = rollouts.generated.astype(np.float32) * rollouts.valid[:, None]
-  if values is None:
-    shape = (-1, config.group)
-    valid_steps = rollouts.mask * rollouts.valid[:, None]
-    grouped = [
-      x.reshape(*shape, x.shape[-1]) for x in (step_rewards, valid_steps, rollouts.step_ids)
-    ]
-    advantages = np.asarray(_group_advantages(*map(jnp.asarray, grouped))).reshape(mask.shape)
-    values = np.zeros_like(mask)
-  else:
-    values = values * mask
-    advantages = np.asarray(_gae(step_rewards, rollouts.step_ids, values, mask, config.gae_lambda))
+  values = None if values is None else values * mask
+  old, penalty = rollouts.logprobs * mask, np.zeros_like(mask)
+  if config.kl_coef and config.kl_in == 'reward':
+    kl = KL[config.kl_estimator](jnp.asarray(old), jnp.asarray(ref_logprobs * mask))
+    penalty = np.asarray(config.kl_coef * kl)
+  advantages, targets = _advantages(config, rollouts, step_rewards, penalty, mask, values)
+  if now_logprobs is not None:
+    now_logprobs = now_logprobs * mask
+    weights = _truncated(now_logprobs, old, mask, cap=config.importance_cap)
+    advantages, old = advantages * np.asarray(weights), now_logprobs
   positions = np.broadcast_to(np.arange(mask.shape[1], dtype=np.int32), mask.shape).copy()
   used = np.arange(mask.shape[1])[None] < (rollouts.generated.cumsum(1).argmax(1) + 1)[:, None]
   solved = rollouts.outcome >= config.tau_pass
@@ -154,11 +212,11 @@ def rollout_batch(
     segments=used.astype(np.int32),
     step_ids=rollouts.step_ids,
     mask=mask,
-    old_logprobs=rollouts.logprobs * mask,
+    old_logprobs=old,
     ref_logprobs=ref_logprobs * mask,
-    old_values=values.astype(np.float32),
+    old_values=np.zeros_like(mask) if values is None else values.astype(np.float32),
     advantages=(advantages * mask).astype(np.float32),
-    returns=((advantages + values) * mask).astype(np.float32),
+    returns=(targets * mask).astype(np.float32),
     imitate=(config.imitation_coef * solved).astype(np.float32),
     version=np.full(len(mask), version, np.int32),
   )

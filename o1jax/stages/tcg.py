@@ -249,7 +249,15 @@ def _fit_pairs(run: Run, name: str, start: Any, pairs: PairBatch, *, preference:
   config = run.config.tcg
   data = batches(pairs, batch=config.dpo.batch, seed=run.config.run.seed)
   nll = config.nll if preference else 1.0
-  loss = dpo_loss(run.model, config.beta, nll=nll, preference=preference)
+  loss = dpo_loss(
+    run.model,
+    config.beta,
+    nll=nll,
+    preference=preference,
+    label_smoothing=config.label_smoothing,
+    ipo=config.ipo,
+    length_normalised=config.length_normalised,
+  )
   return fit(run.bench, STAGE, name, run.model, start, loss, data, config.dpo)[0]
 
 

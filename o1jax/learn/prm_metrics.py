@@ -1,0 +1,132 @@
+"""How good a process reward model's judgement is: NumPy, float64, no device.
+
+Scores are log-odds, as the heads give them; `r = sigmoid(score)`. The policy's own
+log-probability of a step can stand in for the score where only the order counts
+(`auc`, `within_group_auc`, `pair_accuracy`), which is the baseline to beat.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+  """The calibration curve: in each bin of r, what was said and what came true."""
+
+  counts: np.ndarray  # [bins] int64, steps whose r lies in [i / bins, (i + 1) / bins)
+  predicted: np.ndarray  # [bins] float64, mean r; NaN where the bin is empty
+  observed: np.ndarray  # [bins] float64, mean label; NaN where the bin is empty
+
+  @property
+  def error(self) -> float:
+    """Expected calibration error: `sum_i n_i |predicted_i - observed_i| / n`."""
+    full = self.counts > 0
+    gaps = np.abs(self.predicted[full] - self.observed[full])
+    return float(np.sum(self.counts[full] * gaps) / max(self.counts.sum(), 1))
+
+
+def log_loss(scores: np.ndarray, labels: np.ndarray) -> float:
+  """Mean of `-[v log r + (1 - v) log(1 - r)]` in nats.
+
+  Args:
+    scores: [N] log-odds.
+    labels: [N] v in [0, 1], hard or soft.
+
+  Raises:
+    ValueError: no step, or the two do not match.
+  """
+  scores, labels = _matched(scores, labels)
+  # softplus(s) - v s, which is exact where the sigmoid saturates.
+  return float(np.mean(np.logaddexp(0.0, scores) - labels * scores))
+
+
+def accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
+  """Share of steps where r > 0.5 says what v > 0.5 says; arguments as `log_loss`."""
+  scores, labels = _matched(scores, labels)
+  return float(np.mean((scores > 0) == (labels > 0.5)))
+
+
+def calibration(scores: np.ndarray, labels: np.ndarray, bins: int = 10) -> Calibration:
+  """The calibration curve over equal bins of r; arguments as `log_loss`.
+
+  r = 1 belongs to the last bin.
+  """
+  scores, labels = _matched(scores, labels)
+  r = np.exp(-np.logaddexp(0.0, -scores))
+  place = np.minimum((r * bins).astype(np.int64), bins - 1)
+  counts = np.bincount(place, minlength=bins)
+  with np.errstate(invalid='ignore'):
+    predicted, observed = (np.bincount(place, x, bins) / counts for x in (r, labels))
+  return Calibration(counts, predicted, observed)
+
+
+def auc(scores: np.ndarray, good: np.ndarray) -> float:
+  """Chance that a good step scores above a bad one, ties counting half; NaN without both.
+
+  Args:
+    scores: [N], any that only need an order.
+    good: [N] bool.
+  """
+  return within_group_auc(scores, good, np.zeros(len(np.asarray(scores)), np.int64))
+
+
+def within_group_auc(scores: np.ndarray, good: np.ndarray, groups: np.ndarray) -> float:
+  """`auc` over the (good, bad) pairs whose two steps stand in one group.
+
+  With the group a prefix, the pairs are siblings: the choice that search makes. Pooled
+  over groups, so a group counts by its pairs.
+
+  Args:
+    scores: [N], any that only need an order within a group.
+    good: [N] bool.
+    groups: [N] ids of any kind that `==` compares.
+  """
+  values = np.asarray(good, np.float64)
+  return _order(scores, values, groups, margin=0.0)
+
+
+def pair_accuracy(
+  scores: np.ndarray, values: np.ndarray, groups: np.ndarray, margin: float = 0.0
+) -> float:
+  """Share of a group's pairs in the order of their values, ties of scores counting half.
+
+  Args:
+    scores: [N], any that only need an order within a group.
+    values: [N] mean returns.
+    groups: [N] ids.
+    margin: only pairs whose values differ by more are counted.
+
+  Returns:
+    A share, or NaN if there is no such pair.
+  """
+  return _order(scores, values, groups, margin)
+
+
+def _matched(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  scores, labels = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
+  if scores.shape != labels.shape or scores.ndim != 1 or not scores.size:
+    raise ValueError(
+      f'scores {scores.shape} and labels {labels.shape} must be one-dimensional, alike, not empty'
+    )
+  return scores, labels
+
+
+def _order(scores: np.ndarray, values: np.ndarray, groups: np.ndarray, margin: float) -> float:
+  scores, values = _matched(scores, values)
+  groups, wins, pairs = np.asarray(groups), 0.0, 0
+  for members in _members(groups):
+    s, v = scores[members], values[members]
+    better = v[:, None] - v[None, :] > margin  # [n, n], each unordered pair at most once
+    above = (s[:, None] > s[None, :]) + 0.5 * (s[:, None] == s[None, :])
+    wins, pairs = wins + float(above[better].sum()), pairs + int(better.sum())
+  return wins / pairs if pairs else float('nan')
+
+
+def _members(groups: np.ndarray) -> list[np.ndarray]:
+  """Row numbers of each group."""
+  _, place = np.unique(groups, return_inverse=True)
+  order = np.argsort(place, kind='stable')
+  return np.split(order, np.flatnonzero(np.diff(place[order])) + 1)

@@ -1,0 +1,99 @@
+"""PRM metrics against definitions written out, on random ragged groups."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from o1jax.learn import prm_metrics
+
+SEEDS = st.integers(0, 10**6)
+few = settings(max_examples=40, deadline=None)
+
+
+def steps(seed):
+  """Scores with ties, soft values, and a group for each of some steps."""
+  rng = np.random.default_rng(seed)
+  n = int(rng.integers(1, 30))
+  return rng.integers(-6, 7, n) / 2.0, rng.integers(0, 5, n) / 4.0, rng.integers(0, 5, n)
+
+
+def share(scores, values, groups, margin):
+  wins = []
+  for i in range(len(scores)):
+    for j in range(len(scores)):
+      if groups[i] == groups[j] and values[i] - values[j] > margin:
+        wins.append(1.0 if scores[i] > scores[j] else 0.5 if scores[i] == scores[j] else 0.0)
+  return sum(wins) / len(wins) if wins else math.nan
+
+
+@few
+@given(SEEDS, st.sampled_from([0.0, 0.3, 2.0]))
+def test_order_metrics_count_pairs(seed, margin):
+  scores, values, groups = steps(seed)
+  good = values > 0.5
+  expected = share(scores, values, groups, margin)
+  np.testing.assert_allclose(
+    prm_metrics.pair_accuracy(scores, values, groups, margin), expected, rtol=1e-12
+  )
+  expected = share(scores, good.astype(float), groups, 0.0)
+  np.testing.assert_allclose(
+    prm_metrics.within_group_auc(scores, good, groups), expected, rtol=1e-12
+  )
+  expected = share(scores, good.astype(float), np.zeros(len(scores)), 0.0)
+  np.testing.assert_allclose(prm_metrics.auc(scores, good), expected, rtol=1e-12)
+
+
+def test_a_shift_of_whole_groups_spoils_the_pooled_auc_and_not_the_one_within():
+  good = np.array([True, False, True, False])
+  scores, groups = np.array([9.0, 8.0, 2.0, 1.0]), np.array(['easy', 'easy', 'hard', 'hard'])
+  assert prm_metrics.within_group_auc(scores, good, groups) == 1.0
+  assert prm_metrics.auc(scores, good) == 0.75
+
+
+@few
+@given(SEEDS)
+def test_log_loss_accuracy_and_calibration_are_their_formulas(seed):
+  scores, labels, _ = steps(seed)
+  r = [1.0 / (1.0 + math.exp(-s)) for s in scores]
+  loss = [-(v * math.log(p) + (1 - v) * math.log(1 - p)) for p, v in zip(r, labels, strict=True)]
+  np.testing.assert_allclose(prm_metrics.log_loss(scores, labels), np.mean(loss), rtol=1e-9)
+  right = [(p > 0.5) == (v > 0.5) for p, v in zip(r, labels, strict=True)]
+  assert prm_metrics.accuracy(scores, labels) == np.mean(right)
+  curve, error = prm_metrics.calibration(scores, labels, bins=4), 0.0
+  for i in range(4):
+    here = [k for k, p in enumerate(r) if min(int(p * 4), 3) == i]
+    assert curve.counts[i] == len(here)
+    if here:
+      said, seen = np.mean([r[k] for k in here]), np.mean(labels[here])
+      np.testing.assert_allclose((curve.predicted[i], curve.observed[i]), (said, seen), rtol=1e-9)
+      error += len(here) * abs(said - seen) / len(r)
+    else:
+      assert math.isnan(curve.predicted[i]) and math.isnan(curve.observed[i])
+  np.testing.assert_allclose(curve.error, error, atol=1e-12)
+
+
+def test_an_honest_judge_is_calibrated_and_a_boastful_one_is_not():
+  rng = np.random.default_rng(0)
+  scores = rng.normal(0, 2, 20_000)
+  labels = (rng.random(20_000) < 1 / (1 + np.exp(-scores))).astype(float)
+  assert prm_metrics.calibration(scores, labels).error < 0.02
+  assert prm_metrics.calibration(5 * scores, labels).error > 0.1
+  assert prm_metrics.log_loss(scores, labels) < prm_metrics.log_loss(5 * scores, labels)
+
+
+def test_saturated_scores_stay_finite():
+  scores, labels = np.array([-2000.0, 2000.0]), np.array([1.0, 1.0])
+  assert prm_metrics.log_loss(scores, labels) == 1000.0
+  curve = prm_metrics.calibration(scores, labels)
+  assert (curve.counts[0], curve.counts[-1], curve.error) == (1, 1, 0.5)
+
+
+def test_what_does_not_match_is_refused_and_nothing_to_compare_is_nan():
+  with pytest.raises(ValueError, match=r'\(3,\).*\(2,\)'):
+    prm_metrics.log_loss(np.zeros(3), np.zeros(2))
+  with pytest.raises(ValueError, match='empty'):
+    prm_metrics.accuracy(np.zeros(0), np.zeros(0))
+  assert math.isnan(prm_metrics.auc(np.zeros(2), np.array([True, True])))
