@@ -138,9 +138,9 @@ def other_tables(runs: dict[int, dict], stages: dict[int, dict[str, dict]]) -> N
   keys = ('solved', 'first_solved', 'tokens', 'sampling_solved', 'sampling_first_solved')
   table(
     'Guided synthesis beside sampling',
-    ('seed', 'stage', *(key.replace('_', ' ') for key in keys), 'sampling tokens'),
+    ('seed', 'stage', *(key.replace('_', ' ') for key in keys), 'sampling tokens', 'at most'),
     [
-      (seed, name, *(result[key] for key in (*keys, 'sampling_tokens')))
+      (seed, name, *(result[key] for key in (*keys, 'sampling_tokens')), _most(result))
       for seed, found in stages.items()
       for name, result in found.items()
       if 'sampling_solved' in result
@@ -152,6 +152,11 @@ def other_tables(runs: dict[int, dict], stages: dict[int, dict[str, dict]]) -> N
     ('seed', *names, 'report', 'total'),
     [(seed, *_seconds(run, names)) for seed, run in runs.items()],
   )
+
+
+def _most(result: dict) -> str:
+  """How many times what sampling solved there was to solve."""
+  return f'{result["problems"] / max(result["sampling_solved"], 1):.2f} times'
 
 
 def _seconds(run: dict, names: Sequence[str]) -> list[int]:

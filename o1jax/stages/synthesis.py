@@ -117,7 +117,12 @@ def _summary(run: Run, round_: int, policy: Any, chunks, prm, before: set[str]) 
     'tokens': int(tokens),
   }
   if prm is not None and run.config.eval.sampling_control:
-    result |= _sampling_control(run, round_, policy, tokens, before)
+    control = _sampling_control(run, round_, policy, tokens, before)
+    rest = max(control['sampling_solved'], 1)
+    result |= control | {
+      'over_sampling': round(len(solved) / rest, 3),
+      'at_most': round(len(run.train) / rest, 3),  # where every problem were solved
+    }
   return result
 
 
