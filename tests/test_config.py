@@ -72,6 +72,14 @@ def test_all_faults_in_one_message(write):
     assert part in text
 
 
+def test_a_round_has_no_more_problems_than_there_are(write):
+  found = faults(write('data: {train_problems: 40, per_round: 50}\nrl: {problems: 48}\n'))
+  assert [text.split(';')[0] for text in found] == [
+    'tcg.problems=400 exceeds data.train_problems=40',
+    'data.per_round=50 exceeds data.train_problems=40',
+  ]
+
+
 @pytest.mark.parametrize(
   'override, meant',
   [

@@ -291,3 +291,15 @@ def test_reference_logprobs_do_not_depend_on_the_blocks(run, tokenizer, monkeypa
   learnt = rows.loss_mask.sum(axis=1)
   # An untrained model is about uniform over the vocabulary.
   np.testing.assert_allclose(whole, -learnt * np.log(tokenizer.vocab_size), rtol=0.05)
+
+
+def test_rounds_take_the_next_problems_and_begin_again(run):
+  data = run.config.data.model_copy(update={'per_round': 2})
+  run = dataclasses.replace(
+    run, train=run.train[:5], config=run.config.model_copy(update={'data': data})
+  )
+  a, b, c, d, e = run.train
+  assert [run.new_problems(r) for r in range(3)] == [(a, b), (c, d), (e, a)]
+  assert [len(run.known_problems(r)) for r in range(4)] == [2, 4, 5, 5]
+  everything = dataclasses.replace(run, config=Config())
+  assert everything.new_problems(3) == everything.known_problems(0) == run.train

@@ -104,6 +104,9 @@ class DataConfig(Section):
 
   source: str = 'embedded'  # 'embedded' (the procedural family), or problems (docs/data.md)
   train_problems: Count = 400
+  # Train problems of a round: the next ones in each, around again at the end. It searches these; RL
+  # draws from those of earlier rounds too. What is known for long leaves little to find. 0: all.
+  per_round: Natural = 0
   dev_problems: Count = 200
   test_problems: Count = 500
   max_prompt_tokens: Count = 96
@@ -372,7 +375,11 @@ class Config(Section):
       text = f'tcg.problems={self.tcg.problems} exceeds data.train_problems'
       keys = ('tcg.problems', 'data.train_problems')
       yield keys, f'{text}={self.data.train_problems}; use at most that'
-    if self.rl.problems > self.data.train_problems:
-      text = f'rl.problems={self.rl.problems} exceeds data.train_problems'
-      keys = ('rl.problems', 'data.train_problems')
-      yield keys, f'{text}={self.data.train_problems}; use at most that'
+    first = 'per_round' if self.data.per_round else 'train_problems'  # what round 0 has
+    if self.rl.problems > getattr(self.data, first):
+      text = f'rl.problems={self.rl.problems} exceeds data.{first}={getattr(self.data, first)}'
+      yield ('rl.problems', f'data.{first}'), f'{text}; use at most that'
+    if self.data.per_round > self.data.train_problems:
+      text = f'data.per_round={self.data.per_round} exceeds data.train_problems'
+      keys = ('data.per_round', 'data.train_problems')
+      yield keys, f'{text}={self.data.train_problems}; use at most that, or 0 for all'

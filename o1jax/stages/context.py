@@ -58,6 +58,18 @@ class Run:
     """Tokens of a row that holds one prompt and one path."""
     return self.config.data.max_prompt_tokens + self.config.data.max_path_tokens
 
+  def new_problems(self, round_: int) -> tuple[Problem, ...]:
+    """The training problems that a round searches: the next `data.per_round`, or all for 0."""
+    each, count = self.config.data.per_round, len(self.train)
+    if not each:
+      return self.train
+    return tuple(self.train[(round_ * each + i) % count] for i in range(min(each, count)))
+
+  def known_problems(self, round_: int) -> tuple[Problem, ...]:
+    """Those of the round and of all rounds before it."""
+    each = self.config.data.per_round
+    return self.train[: (round_ + 1) * each] if each else self.train
+
   def stage(self, name: str, text: str, body: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of stage `name`, from its marker or by running `body`.
 

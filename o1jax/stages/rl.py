@@ -63,10 +63,11 @@ def improve_policy(
 
 def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
   config, bench = run.config.rl, run.bench
-  generated = sum(p.id in tests for p in run.train)
+  known = run.known_problems(round_)
+  generated = sum(p.id in tests for p in known)
   if config.own_tests:
-    tests = {p.id: p.tests for p in run.train if p.tests} | dict(tests)
-  problems = [p for p in run.train if p.id in tests]
+    tests = {p.id: p.tests for p in known if p.tests} | dict(tests)
+  problems = [p for p in known if p.id in tests]
   bench.progress.say(f'{generated} of {len(problems)} problems are judged by generated tests')
   if len(problems) < config.problems:
     raise ValueError(
@@ -264,12 +265,13 @@ def expert_iteration(
     drawn: list[Trajectory] = []
     spent = 0
     draw = sampler(run, Drawing(config.rl.temperature), config.search.rows)
-    prompts = [run.encoder.prompt(p) for p in run.train]
+    problems = run.known_problems(0)
+    prompts = [run.encoder.prompt(p) for p in problems]
     while spent < tokens:  # one path a problem and pass
-      batch = draw(policy, prompts, seed=seed + spent, ids=name_ids(run.train))
+      batch = draw(policy, prompts, seed=seed + spent, ids=name_ids(problems))
       spent += batch.generated
-      paths = [run.encoder.steps_of(batch.ids(i)) for i in range(len(run.train))]
-      drawn += as_trajectories(run, run.train, paths, origin=name, version=0)
+      paths = [run.encoder.steps_of(batch.ids(i)) for i in range(len(problems))]
+      drawn += as_trajectories(run, problems, paths, origin=name, version=0)
     limit = config.policy_sft.max_paths_per_problem
     documents = verified_documents(run, [*found, *drawn], limit=limit, seed=seed)
     data = batches(pack(documents, run.row_tokens), batch=config.policy_sft.optim.batch, seed=seed)

@@ -73,7 +73,7 @@ def as_trajectories(
 def synthesize(
   run: Run, round_: int, policy: Any, prm: Any | None, known: Sequence[Trajectory] = ()
 ) -> list[Trajectory]:
-  """Searches every training problem; returns all roll-outs, good and bad.
+  """Searches the round's training problems; returns all roll-outs, good and bad.
 
   They are kept as stepwise-supervision JSONL in the stage's folder, a file a chunk. `known` are
   the roll-outs of earlier rounds, only to tell how many problems were never solved before.
@@ -85,7 +85,8 @@ def synthesize(
   find = _uct(run, policy) if prm is None else _guided(run, policy, prm)
 
   def body() -> dict[str, Any]:
-    parts = [run.train[i : i + CHUNK] for i in range(0, len(run.train), CHUNK)]
+    new = run.new_problems(round_)
+    parts = [new[i : i + CHUNK] for i in range(0, len(new), CHUNK)]
     done = chunks.done()
     with run.bench.progress.bar(name, len(parts), len(done)) as bar:
       for index, part in enumerate(parts):
@@ -111,7 +112,7 @@ def _summary(run: Run, round_: int, policy: Any, chunks, prm, before: set[str]) 
   tokens = sum(r['share_tokens'] for r in rows)  # a chunk's tokens stand split over its rows
   result = {
     'trajectories': len(rows),
-    'problems': len(run.train),
+    'problems': len(run.new_problems(round_)),
     'solved': len(solved),
     'first_solved': len(solved - before),
     'tokens': int(tokens),
@@ -121,7 +122,7 @@ def _summary(run: Run, round_: int, policy: Any, chunks, prm, before: set[str]) 
     rest = max(control['sampling_solved'], 1)
     result |= control | {
       'over_sampling': round(len(solved) / rest, 3),
-      'at_most': round(len(run.train) / rest, 3),  # where every problem were solved
+      'at_most': round(result['problems'] / rest, 3),  # where every problem were solved
     }
   return result
 
@@ -131,12 +132,13 @@ def _sampling_control(
 ) -> dict[str, Any]:
   """Plain sampling of the same problems with the same number of tokens."""
   seed = run.config.run.seed * 1000 + round_ + 500
-  probe = answer(run, policy, run.train[:100], SAMPLE, samples=1, seed=seed)
+  problems = run.new_problems(round_)
+  probe = answer(run, policy, problems[:100], SAMPLE, samples=1, seed=seed)
   each = probe.generated / len(probe.paths)
-  samples = max(1, round(tokens / len(run.train) / each))
-  drawn = answer(run, policy, run.train, SAMPLE, samples=samples, seed=seed)
+  samples = max(1, round(tokens / len(problems) / each))
+  drawn = answer(run, policy, problems, SAMPLE, samples=samples, seed=seed)
   solved = drawn.accepted.max(axis=1) > 0
-  new = np.array([p.id not in before for p in run.train])
+  new = np.array([p.id not in before for p in problems])
   return {
     'sampling_solved': int(solved.sum()),
     'sampling_first_solved': int((solved & new).sum()),
