@@ -5,9 +5,12 @@
 #
 #   launch/local.sh [section.key=value ...] [--stages a,b] [--dry-run]
 #   DEVICES=4 launch/local.sh mesh.data=2
+#   XLA_PRESET=cpu_fast_compile launch/local.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export JAX_PLATFORMS=cpu
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${DEVICES:-8}"
+preset="$(launch/xla_preset.sh "${XLA_PRESET:-}")"
+[[ -z "$preset" ]] || export "${preset?}"
 exec "${PYTHON:-python3}" -m o1jax.train --config configs/quickstart.yaml \
   run.dir=runs/local mesh.data=-1 mesh.tensor=2 "$@"

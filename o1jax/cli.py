@@ -2,7 +2,8 @@
 
     python -m o1jax.train --config FILE [section.key=value ...] [--stages a,b] [--dry-run] [--force]
 
-Exit codes: 0 done, 2 a fault of the config or of the files it names, 130 interrupted.
+Exit codes: 0 done, 2 a fault of the config or of the files it names, 130 interrupted (Ctrl-C,
+SIGINT), 143 terminated (SIGTERM). The last two come after the training under way is saved.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import argparse
 import dataclasses
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
 from o1jax import config as config_lib
 from o1jax.config import STAGES, Config, ConfigError
+from o1jax.run import stop
 
 _HUGE_PAGES = 'glibc.malloc.hugetlb'
 
@@ -36,14 +39,17 @@ def main(
   """Parses, calls `body`, and returns the exit code; a `ConfigError` is printed as plain text."""
   argv = list(sys.argv[1:] if argv is None else argv)
   try:
-    body(parse(argv, description))
+    with stop.raising():
+      body(parse(argv, description))
   except ConfigError as error:
     print(error, file=sys.stderr)
     return 2
-  except KeyboardInterrupt:
+  except KeyboardInterrupt as error:
+    signum = getattr(error, 'signum', signal.SIGINT)
+    word = 'terminated' if signum == signal.SIGTERM else 'interrupted'
     command = shlex.join([sys.executable, *sys.orig_argv[1:]])
-    print(f'\ninterrupted; the same command goes on from here:\n  {command}', file=sys.stderr)
-    return 130
+    print(f'\n{word}; the same command goes on from here:\n  {command}', file=sys.stderr)
+    return stop.exit_code(signum)
   return 0
 
 

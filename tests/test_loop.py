@@ -46,18 +46,20 @@ def events(folder):
   )
 
 
-def killed_after(folder, progress, delay_s):
-  """Starts a run and kills it `delay_s` after `progress` more events; whether it was killed."""
+def killed_after(folder, progress, delay_s, signum=signal.SIGKILL, *extra):
+  """Starts a run and ends it `delay_s` after `progress` more events; its exit code and stderr."""
   before = events(folder)
-  command = [*COMMAND, f'run.dir={folder}']
-  with subprocess.Popen(command, stdout=subprocess.DEVNULL, **PLAIN) as process:
+  command = [*COMMAND, f'run.dir={folder}', *extra]
+  pipes = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.PIPE, 'text': True}
+  with subprocess.Popen(command, **pipes, **PLAIN) as process:
     while process.poll() is None and events(folder) < before + progress:
       with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(0.05)
     with contextlib.suppress(subprocess.TimeoutExpired):
       process.wait(delay_s)
-    process.kill()
-  return process.returncode == -signal.SIGKILL
+    process.send_signal(signum)
+    told = process.communicate()[1]
+  return process.returncode, told
 
 
 @pytest.fixture(scope='module')
@@ -106,8 +108,22 @@ def test_killed_ten_times_it_ends_with_the_same_summary(whole, tmp_path):
   each = events(whole) // 10
   rng = random.Random(0)
   kills = [killed_after(folder, rng.randint(1, each), rng.random()) for _ in range(10)]
-  assert all(kills), kills
+  assert {code for code, _ in kills} == {-signal.SIGKILL}, kills
   assert not (folder / 'summary.json').exists()
   last = train(folder)
+  assert last.returncode == 0, last.stderr[-3000:]
+  assert summary_of(folder) == summary_of(whole)
+
+
+@pytest.mark.slow
+def test_stopped_by_signals_it_says_so_and_ends_with_the_same_summary(whole, tmp_path):
+  folder = tmp_path / 'run'
+  rare = 'run.checkpoint_every_s=1000'  # what is saved is saved for the signal
+  part = events(whole) // 6
+  for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGTERM, 143)):
+    got, told = killed_after(folder, part, 0.2, signum, rare)
+    assert got == code, told[-3000:]
+    assert 'the same command goes on from here' in told and 'Traceback' not in told
+  last = train(folder, rare)
   assert last.returncode == 0, last.stderr[-3000:]
   assert summary_of(folder) == summary_of(whole)

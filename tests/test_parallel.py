@@ -1,13 +1,37 @@
 """Meshes and shardings on eight virtual devices: parity of loss and gradients, and errors."""
 
+import functools
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from o1jax import config as config_lib
+from o1jax.batch import TokenBatch
+from o1jax.config import OptimConfig
+from o1jax.data.pipeline import batches
+from o1jax.learn.objectives import sft_loss
+from o1jax.learn.update import make_update
 from o1jax.models import Model, ModelConfig, StepHead
-from o1jax.parallel import batch_sharding, make_mesh, param_shardings, replicated, shard
+from o1jax.parallel import (
+  batch_faults,
+  batch_sharding,
+  make_mesh,
+  meshes_that_fit,
+  model_faults,
+  param_shardings,
+  repeated,
+  replicated,
+  shard,
+)
+from o1jax.run.metrics import Metrics
+from o1jax.run.progress import Progress
+from o1jax.run.store import Store
+from o1jax.stages import fit as fit_module
+from o1jax.stages.context import Workbench
 
 MODEL = Model(ModelConfig(64, 32, 2, 4, 2, 48, initializer_range=0.2, max_position=32))
 MESHES = ({}, {'data': 2}, {'data': 4, 'fsdp': 2}, {'data': 2, 'fsdp': 2, 'tensor': 2})
@@ -104,8 +128,57 @@ def test_batch_and_model_errors_name_both_numbers():
     ValueError, match=r'batch=6 does not divide over data\*fsdp=4; use a multiple'
   ):
     batch_sharding(mesh, 6)
-  with pytest.raises(ValueError, match='heads=4 does not divide over tensor=8'):
+  with pytest.raises(ValueError, match='or the mesh data=2 tensor=2 or '):
+    batch_sharding(mesh, 6)
+  told = r'heads=4 does not divide over tensor=8; use data=8 or fsdp=8 or data=4 fsdp=2$'
+  with pytest.raises(ValueError, match=told):
     param_shardings(mesh_of({'tensor': 8}), MODEL, MODEL.shapes())
   wrong = MODEL.shapes() | {'layers': {}}
   with pytest.raises(ValueError, match='do not have the structure of the model'):
     param_shardings(mesh, MODEL, wrong)
+
+
+def test_proposed_meshes_pass_the_check_that_failed():
+  assert meshes_that_fit(8, lambda m: m.shape['data'] == 1) == 'fsdp=8 or fsdp=4 tensor=2 or ' + (
+    'fsdp=2 tensor=4'
+  )
+  odd = Model(ModelConfig(64, 36, 2, 3, 1, 48))  # 3 heads, width 36: no fsdp=8, no tensor=2
+  with pytest.raises(ValueError, match='embed=36 does not divide over fsdp=8; use data=8 or'):
+    param_shardings(mesh_of({'fsdp': 8}), odd, odd.shapes())
+  rows = functools.partial(batch_faults, batch=7)
+  assert meshes_that_fit(8, lambda m: not rows(m) and not model_faults(m, odd, odd.shapes())) == (
+    'data=7 on 7 of the 8 devices'
+  )
+
+
+@pytest.mark.parametrize('shape', [{'fsdp': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2}])
+def test_a_training_stage_repeats_no_large_array(tmp_path, monkeypatch, shape):
+  """Through the stages' own training loop: what every train step is handed, and gives back."""
+  seen = []
+
+  def spying(*args, **kwargs):
+    update = make_update(*args, **kwargs, donate=False)
+
+    def spy(state, batch):
+      after, scalars = update(state, batch)
+      seen.append((state, batch, after))
+      return after, scalars
+
+    return spy
+
+  monkeypatch.setattr(fit_module, 'make_update', spying)
+  params, (tokens, positions, segments) = inputs()
+  rows = TokenBatch(tokens, positions, segments, np.ones(tokens.shape, np.float32))
+  config = config_lib.check({'run': {'dir': str(tmp_path)}, 'metrics': {'tensorboard': False}})
+  optim = OptimConfig(steps=2, warmup=1, batch=8)
+  with Store(config) as store, Metrics(store.dir, tensorboard=False) as metrics:
+    bench = Workbench(store, metrics, Progress(io.StringIO()), mesh_of(shape))
+    data = batches(rows, batch=8, seed=0)
+    fit_module.fit(bench, 'stage', 'lm', MODEL, params, sft_loss(MODEL), data, optim)
+  large = 8 * 12 * 4  # bytes of one leaf of the batch; all weight matrices are larger, norms not
+  assert len(seen) == 2
+  assert repeated(seen, large) == []
+  moments = [x for x in jax.tree.leaves(seen[-1][2].opt_state) if x.nbytes >= large]
+  assert len(moments) == 2 * sum(x.nbytes >= large for x in jax.tree.leaves(params))
+  whole = shard(params, replicated(mesh_of(shape)))
+  assert len(repeated(whole, large)) == len(moments) // 2  # and it would have been noticed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import signal
 import subprocess
@@ -365,12 +366,11 @@ def test_command_line(tmp_path, capsys):
   assert len(seen) == 1
 
 
-def test_interrupt_says_how_to_go_on(tmp_path, capsys):
+@pytest.mark.parametrize('signum, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_says_how_to_go_on_and_has_its_own_code(tmp_path, capsys, signum, code):
   path = tmp_path / 'run.yaml'
   path.write_text('')
-
-  def body(_):
-    raise KeyboardInterrupt
-
-  assert cli.main(body, 'test', ['--config', str(path)]) == 130
+  before = signal.getsignal(signum)
+  assert cli.main(lambda _: os.kill(os.getpid(), signum), '', ['--config', str(path)]) == code
   assert 'the same command goes on' in capsys.readouterr().err
+  assert signal.getsignal(signum) is before

@@ -7,10 +7,10 @@ splits heads, MLP and vocabulary. One program runs on any of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 AXES = ('data', 'fsdp', 'tensor')
 
@@ -35,10 +35,25 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
   if math.prod(sizes) != len(devices):
     raise ValueError(
       f'mesh {_spell(sizes)} needs {math.prod(sizes)} devices, found {len(devices)}; '
-      f'use {" or ".join(_proposals(len(devices)))}'
+      f'use {meshes_that_fit(len(devices))}'
     )
   auto = (AxisType.Auto,) * len(AXES)
   return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices)
+
+
+def meshes_that_fit(count: int, fits: Callable[[AbstractMesh], bool] = lambda mesh: True) -> str:
+  """Up to three meshes over `count` devices, as text for an error.
+
+  Those with the least tensor parallelism come first: it is what a step pays most for. Where no
+  mesh over all devices passes `fits`, meshes over the largest smaller number that has one.
+  """
+  for devices in range(count, 0, -1):
+    shapes = [AbstractMesh(sizes, AXES) for sizes in _factorisations(devices)]
+    found = [_short(mesh) for mesh in shapes if fits(mesh)][:3]
+    if found:
+      text = ' or '.join(found)
+      return text if devices == count else f'{text} on {devices} of the {count} devices'
+  return f'other sizes: no mesh of up to {count} devices fits'
 
 
 def _fill(shape: Mapping[str, int], count: int) -> tuple[int, ...]:
@@ -49,7 +64,7 @@ def _fill(shape: Mapping[str, int], count: int) -> tuple[int, ...]:
   if -1 in sizes and count % rest:
     raise ValueError(
       f'mesh {_spell(sizes)} cannot be filled: {count} devices do not divide over {rest}; '
-      f'use {" or ".join(_proposals(count))}'
+      f'use {meshes_that_fit(count)}'
     )
   return tuple(count // rest if size == -1 else size for size in sizes)
 
@@ -58,10 +73,12 @@ def _spell(sizes: Sequence[int]) -> str:
   return ' '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes, strict=True))
 
 
-def _proposals(count: int) -> list[str]:
-  if count == 1:
-    return ['data=1']
-  meshes = [f'data={count}', f'fsdp={count}']
-  if count % 2 == 0 and count > 2:
-    meshes.append(f'data={count // 2} tensor=2')
-  return meshes
+def _short(mesh: AbstractMesh) -> str:
+  return ' '.join(f'{axis}={n}' for axis, n in mesh.shape.items() if n > 1) or 'data=1'
+
+
+def _factorisations(count: int) -> list[tuple[int, int, int]]:
+  """Sizes (data, fsdp, tensor) whose product is `count`, simple ones first."""
+  divisors = [n for n in range(1, count + 1) if count % n == 0]
+  sizes = [(count // f // t, f, t) for t in divisors for f in divisors if count % (f * t) == 0]
+  return sorted(sizes, key=lambda s: (s[2], sum(n > 1 for n in s), s[1]))

@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from o1jax.parallel.mesh import meshes_that_fit
 
 RULES = {
   'batch': ('data', 'fsdp'),
@@ -37,8 +39,30 @@ def param_shardings(mesh: Mesh, model: Any, params: Any) -> Any:
       repeated on every device. Arrays or `jax.ShapeDtypeStruct`s.
 
   Raises:
-    ValueError: naming each parameter axis that its mesh axis does not divide.
+    ValueError: naming each parameter axis that its mesh axis does not divide, and meshes that do.
   """
+  shardings, faults = _placed(mesh, model, params)
+  if faults:
+    fit = meshes_that_fit(mesh.size, lambda other: not model_faults(other, model, params))
+    raise ValueError(f'{"; ".join(faults)}; use {fit}')
+  return shardings
+
+
+def model_faults(mesh: Mesh | AbstractMesh, model: Any, params: Any) -> list[str]:
+  """Each parameter axis that does not divide over its mesh axis, with both numbers."""
+  return _placed(mesh, model, params)[1]
+
+
+def batch_faults(mesh: Mesh | AbstractMesh, batch: int) -> list[str]:
+  """What is wrong with `batch` rows over `data` and `fsdp`, with both numbers."""
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  if batch % ways == 0:
+    return []
+  return [f'batch={batch} does not divide over data*fsdp={ways}']
+
+
+def _placed(mesh: Mesh | AbstractMesh, model: Any, params: Any) -> tuple[Any, list[str]]:
+  """The shardings of `params`, whole where they do not divide, and each such axis in words."""
   axes = model.logical_axes()
   named = jax.tree.structure(axes, is_leaf=_is_names)
   faults: list[str] = []
@@ -55,9 +79,7 @@ def param_shardings(mesh: Mesh, model: Any, params: Any) -> Any:
     return jax.tree.map(spec, axes, node, is_leaf=_is_names)
 
   shardings = jax.tree.map(place, params, is_leaf=is_model)
-  if faults:
-    raise ValueError('; '.join(dict.fromkeys(faults)))
-  return shardings
+  return shardings, list(dict.fromkeys(faults))
 
 
 def batch_sharding(mesh: Mesh, batch: int | None = None) -> NamedSharding:
@@ -68,19 +90,34 @@ def batch_sharding(mesh: Mesh, batch: int | None = None) -> NamedSharding:
     batch: number of rows, if it is to be checked.
 
   Raises:
-    ValueError: if `batch` does not divide over the devices that share it.
+    ValueError: if `batch` does not divide over the devices that share it; names meshes that do.
   """
-  ways = mesh.shape['data'] * mesh.shape['fsdp']
-  if batch is not None and batch % ways:
-    raise ValueError(
-      f'batch={batch} does not divide over data*fsdp={ways}; use a multiple of {ways}'
-    )
+  faults = [] if batch is None else batch_faults(mesh, batch)
+  if faults:
+    ways = mesh.shape['data'] * mesh.shape['fsdp']
+    fit = meshes_that_fit(mesh.size, lambda other: not batch_faults(other, batch))
+    raise ValueError(f'{faults[0]}; use a multiple of {ways}, or the mesh {fit}')
   return NamedSharding(mesh, PartitionSpec(RULES['batch']))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
   """The whole array on every device."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def repeated(tree: Any, at_least: int) -> list[str]:
+  """Paths of arrays of `at_least` bytes that lie whole on each of several devices.
+
+  Args:
+    tree: pytree of placed arrays.
+    at_least: bytes below which a copy on every device is meant so (norms, biases, counters).
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return [
+    jax.tree_util.keystr(path)
+    for path, leaf in leaves
+    if leaf.nbytes >= at_least and leaf.sharding.num_devices > 1 and leaf.is_fully_replicated
+  ]
 
 
 def shard(tree: Any, shardings: Any) -> Any:
@@ -92,12 +129,12 @@ def _is_names(node) -> bool:
   return isinstance(node, tuple) and all(isinstance(name, str) for name in node)
 
 
-def _spec(mesh: Mesh, names, shape, faults: list[str]) -> NamedSharding:
+def _spec(mesh: Mesh | AbstractMesh, names, shape, faults: list[str]) -> NamedSharding:
   entries = []
   for name, size in zip(names, shape, strict=True):
     axis = RULES[name]
     ways = 1 if axis is None else mesh.shape[axis]
     if size % ways and name not in _MAY_REPEAT:
-      faults.append(f'{name}={size} does not divide over {axis}={ways}; use a divisor of {size}')
+      faults.append(f'{name}={size} does not divide over {axis}={ways}')
     entries.append(axis if ways > 1 and size % ways == 0 else None)
   return NamedSharding(mesh, PartitionSpec(*entries))

@@ -14,6 +14,7 @@ from o1jax.learn.state import TrainState, init_state
 from o1jax.learn.update import LossFn, make_update
 from o1jax.parallel.sharding import batch_sharding, param_shardings, shard
 from o1jax.run.metrics import Lagged
+from o1jax.run.stop import deferred
 from o1jax.stages.context import Workbench
 
 # A run of batches that all blow up is a fault of the settings, not bad luck.
@@ -56,8 +57,8 @@ def fit(
   """Trains `params` for `config.steps` batches of `data`.
 
   Batch i is a pure function of i, and the state is saved every
-  `run.checkpoint_every_s` seconds, so a killed stage goes on from its last save and
-  ends with the same parameters.
+  `run.checkpoint_every_s` seconds and at the step boundary after SIGTERM or SIGINT, so
+  a killed stage goes on from its last save and ends with the same parameters.
 
   Args:
     bench: where to write.
@@ -74,6 +75,7 @@ def fit(
 
   Raises:
     FloatingPointError: more than 20 batches gave a loss or gradient that is not finite.
+    Stopped: after a save, if a signal asked for it.
   """
   tx = optimizer(config)
   state: TrainState = init_state(place(bench, model, params), tx)
@@ -87,7 +89,7 @@ def fit(
     bench.metrics.write(label, step, values)
     stop_if_broken(label, values['skipped'])
 
-  with bench.store.checkpoints(stage, name) as saves:
+  with deferred() as stop, bench.store.checkpoints(stage, name) as saves:
     found = saves.restore(state)
     start = 0
     if found is not None:
@@ -99,7 +101,8 @@ def fit(
         if (step + 1) % bench.log_every == 0 or step + 1 == config.steps:
           lagged.push(step + 1, scalars)
           bar.update(step + 1, f'loss {latest["loss"]:.4f}' if latest else '')
-        if saves.due():
+        if saves.due() or stop.asked:
           lagged.flush()
           saves.save(step + 1, state)
+        stop.check()
   return state.params, latest

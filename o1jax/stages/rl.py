@@ -27,6 +27,7 @@ from o1jax.learn.state import init_state
 from o1jax.learn.update import make_update, run_updates
 from o1jax.models.heads import ScalarHead
 from o1jax.parallel.sharding import batch_sharding, shard
+from o1jax.run.stop import deferred
 from o1jax.sampling.draw import Drawing
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import brief, name_ids, sampler
@@ -79,7 +80,7 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
   state = init_state(start, tx)
   update = make_update(loss_fn, tx)
   label, last, tokens, broken = f'{name}/policy', {}, 0, 0
-  with bench.store.checkpoints(name, 'policy') as saves:
+  with deferred() as stop, bench.store.checkpoints(name, 'policy') as saves:
     found = saves.restore(state)
     begin = 0
     if found is not None:
@@ -104,6 +105,7 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
         bench.metrics.write(label, iteration + 1, last)
         bar.update(iteration + 1, f'outcome {last["outcome"]:.3f}')
         saves.save(iteration + 1, state, {'last': last, 'tokens': tokens, 'broken': broken})
+        stop.check()
   return _policy_of(state.params), last, tokens
 
 

@@ -17,8 +17,8 @@ from o1jax.data.problems import load_split
 from o1jax.data.tokens import Tokenizer
 from o1jax.models import hf
 from o1jax.models.transformer import Model
-from o1jax.parallel.mesh import make_mesh
-from o1jax.parallel.sharding import batch_sharding, param_shardings
+from o1jax.parallel.mesh import make_mesh, meshes_that_fit
+from o1jax.parallel.sharding import batch_faults, model_faults
 from o1jax.run.metrics import Metrics
 from o1jax.run.progress import Progress
 from o1jax.run.store import Store, check_folder
@@ -142,33 +142,35 @@ def _checked(config: Config):
   except ValueError as error:
     faults.append(str(error))
   if mesh is not None:
-    faults += _undivided(config, mesh)
+    faults += _undivided(config, model, mesh)
   if mesh is not None and model is not None:
-    try:
-      param_shardings(mesh, model, model.shapes())
-    except ValueError as error:
-      faults.append(str(error))
     faults += _too_large(config, model, mesh)
   if faults:
     raise ConfigError('run', faults)
   return mesh, model, tokenizer
 
 
-def _undivided(config: Config, mesh) -> list[str]:
+def _undivided(config: Config, model: Model | None, mesh) -> list[str]:
+  """What does not divide over the mesh, and at the end the meshes over which all of it does."""
+  faults = _shape_faults(config, model, mesh)
+  if not faults:
+    return []
+  fit = meshes_that_fit(mesh.size, lambda other: not _shape_faults(config, model, other))
+  return [*faults, f'for the model and all batches use the mesh {fit}']
+
+
+def _shape_faults(config: Config, model: Model | None, mesh) -> list[str]:
+  # DPO trains on pairs: half as many rows on either side.
+  halves = 2 if config.rl.algorithm == 'dpo' else 1
   sizes = {
     'policy_sft.optim': config.policy_sft.optim.batch,
     'prm.optim': config.prm.optim.batch,
     'tcg.sft': config.tcg.sft.batch,
     'tcg.dpo': config.tcg.dpo.batch,
-    'rl.minibatch': config.rl.minibatch,
+    'rl.minibatch': max(1, config.rl.minibatch // halves),
   }
-  faults = []
-  for key, size in sizes.items():
-    try:
-      batch_sharding(mesh, size)
-    except ValueError as error:
-      faults.append(f'{key}: {error}')
-  return faults
+  faults = [f'{key}: {fault}' for key, n in sizes.items() for fault in batch_faults(mesh, n)]
+  return faults if model is None else faults + model_faults(mesh, model, model.shapes())
 
 
 def _too_large(config: Config, model: Model, mesh) -> list[str]:
