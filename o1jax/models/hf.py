@@ -25,8 +25,8 @@ from o1jax.models.config import ModelConfig
 from o1jax.models.transformer import Model, Params
 from o1jax.models.weights import DTYPES, INDEX, WEIGHTS, Weights, empty
 
-__all__ = ['CONFIG', 'GENERATION', 'INDEX', 'WEIGHTS', 'copy_tokenizer', 'hub_shapes', 'load']
-__all__ += ['read_model', 'save']
+__all__ = ['CONFIG', 'GENERATION', 'INDEX', 'TOKENIZER_FILES', 'WEIGHTS', 'copy_tokenizer']
+__all__ += ['hub_shapes', 'load', 'read_model', 'save']
 
 CONFIG = 'config.json'
 GENERATION = 'generation_config.json'
