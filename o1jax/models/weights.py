@@ -17,7 +17,10 @@ from safetensors import SafetensorError, safe_open
 
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 DTYPES = ('F64', 'F32', 'F16', 'BF16')  # what a parameter can be read from
-_BLOCK_BYTES = 1 << 20  # of one reading: in the cache while it is transposed
+_BLOCK_BYTES = 1 << 20  # of one reading
+# Rows copied at once. A copy into a transposed view goes down the columns: with more rows their
+# cache lines displace each other (bfloat16 [5632, 2048]: 1.3 GB/s, with 256 rows 0.7).
+_STRIP = 16
 _ALIGNMENT = 64  # bytes; JAX adopts a host array as a CPU buffer where it is aligned so
 
 
@@ -61,7 +64,10 @@ class Weights:
       tensor = file.get_slice(name)
       for start in range(first.start, first.stop, rows):
         stop = min(start + rows, first.stop)
-        out[start - first.start : stop - first.start] = tensor[slice(start, stop), *rest]
+        block = tensor[slice(start, stop), *rest]
+        target = out[start - first.start : stop - first.start]
+        for row in range(0, stop - start, _STRIP):
+          target[row : row + _STRIP] = block[row : row + _STRIP]
 
 
 def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
