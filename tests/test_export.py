@@ -12,7 +12,7 @@ from learn_cases import assert_trees_equal
 from o1jax import export
 from o1jax.config import check
 from o1jax.models import StepHead, TokenHead, hf, prm_folder
-from o1jax.run.store import Store
+from o1jax.run import store
 from o1jax.stages.setup import model_folder
 
 BASE = model_folder(check({}))
@@ -39,12 +39,12 @@ def prm(readout):
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp('runs') / 'mine'
-  with Store(check({'run': {'dir': str(folder)}})) as store:
+  with store.Store(check({'run': {'dir': str(folder)}})) as opened:
     for seed, name in enumerate(SAVED):
-      store.save_params(*name.rsplit('/', 1), policy(seed))
+      opened.save_params(*name.rsplit('/', 1), policy(seed))
     for round_, readout in enumerate(('value', 'token')):
-      store.save_params(f'round{round_}/prm', 'prm', prm(readout))
-    with store.checkpoints('round11/rl') as checkpoints:  # under way: nothing to export yet
+      opened.save_params(f'round{round_}/prm', 'prm', prm(readout))
+    with opened.checkpoints('round11/rl') as checkpoints:  # under way: nothing to export yet
       checkpoints.save(1, policy(99))
   return folder
 
@@ -57,6 +57,10 @@ def test_round_trip_is_bit_exact(name, run, tmp_path):
   assert model == MODEL
   assert_trees_equal(params, policy(SAVED.index(name)))
   assert [p.name for p in (tmp_path / 'a').iterdir()] == ['b']
+
+
+def test_saved_models_are_listed_and_checkpoints_are_not(run):
+  assert store.saved_params(run) == sorted([*SAVED, 'round0/prm/prm', 'round1/prm/prm'])
 
 
 def test_default_is_the_last_policy(run, tmp_path):
