@@ -146,3 +146,11 @@ def mean_loss_and_gradient(loss_fn, weights, batch):
 
 def assert_close(a, b, tol):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=tol, rtol=tol), a, b)
+
+
+def assert_trees_equal(a, b):
+  """Same names, types and bits."""
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    assert x.dtype == y.dtype
+    np.testing.assert_array_equal(np.asarray(x), np.asarray(y))

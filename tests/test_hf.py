@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from o1jax.models import Model, ModelConfig, RopeScaling, hf
+from o1jax.models import Model, ModelConfig, RopeScaling, hf, weights
 from o1jax.parallel import make_mesh, param_shardings
 
 BASE = ModelConfig(61, 32, 2, 4, 2, 48, initializer_range=0.2, max_position=64)
@@ -92,6 +92,43 @@ def test_sharded_files_onto_a_mesh(tmp_path):
   assert placed['layers']['o'].addressable_shards[0].data.shape == (2, 2, 8, 16)
 
 
+@pytest.mark.parametrize('name', ['llama_bias', 'qwen3'])
+def test_layers_sent_one_by_one_are_the_same(name, tmp_path, monkeypatch):
+  """The way to devices that do not share the host's memory, taken on CPU."""
+  monkeypatch.setattr(hf, '_is_remote', lambda placed: True)
+  model, params = make(CONFIGS[name])
+  hf.save(tmp_path, model, params)
+  assert_equal(hf.load(tmp_path)[1], params)
+  mesh = make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
+  place = lambda model: param_shardings(mesh, model, model.shapes())  # noqa: E731
+  _, placed = hf.load(tmp_path, place)
+  assert_equal(placed, params)
+  assert placed['layers']['q'].sharding == place(model)['layers']['q']
+
+
+def test_a_device_reads_its_slice_and_no_more(tmp_path, monkeypatch):
+  model, params = make(CONFIGS['llama_bias'])
+  hf.save(tmp_path, model, params)
+  mesh, read = make_mesh({'data': 1, 'fsdp': 2, 'tensor': 4}), []
+
+  def record(self, name, region, out):
+    read.append((name, tuple(part.stop - part.start for part in region)))
+    original(self, name, region, out)
+
+  original = hf.Weights.read
+  monkeypatch.setattr(hf.Weights, 'read', record)
+  hf.load(tmp_path, lambda model: param_shardings(mesh, model, model.shapes()))
+  shapes = {shape for name, shape in read if name == 'model.layers.1.self_attn.q_proj.weight'}
+  assert shapes == {(8, 16)}  # of [32, 32]: heads over tensor, width over fsdp
+
+
+def test_blocks_of_a_large_tensor_fit_together(tmp_path, monkeypatch):
+  monkeypatch.setattr(weights, '_BLOCK_BYTES', 300)  # 2 rows of 32 float32
+  model, params = make(CONFIGS['llama_bias'])
+  hf.save(tmp_path, model, params)
+  assert_equal(hf.load(tmp_path)[1], params)
+
+
 def test_old_and_new_spellings_read_the_same():
   new = CONFIGS['llama3'].to_hub()
   new.pop('rope_theta'), new.pop('rope_scaling'), new.pop('torch_dtype')
@@ -144,6 +181,7 @@ def test_every_wrong_tensor_is_named_at_once(tmp_path):
   tensors.pop('model.norm.weight')
   tensors['model.layers.0.mlp.up_proj.weight'] = np.zeros((48, 31), np.float32)
   tensors['model.layers.1.self_attn.q_proj.bias'] = np.zeros((32,), np.float32)
+  tensors['model.layers.0.mlp.down_proj.weight'] = np.zeros((32, 48), np.int8)
   tensors['lm_head.weight'] = np.zeros((61, 32), np.float32)  # tied: not read, not a fault
   save_file(tensors, tmp_path / hf.WEIGHTS)
   with pytest.raises(ValueError) as error:
@@ -152,6 +190,7 @@ def test_every_wrong_tensor_is_named_at_once(tmp_path):
     'missing model.norm.weight [32]',
     'model.layers.0.mlp.up_proj.weight is [48, 31], the config asks for [48, 32]',
     'unexpected model.layers.1.self_attn.q_proj.bias [32]',
+    'model.layers.0.mlp.down_proj.weight is I8, none of F64, F32, F16, BF16',
   ):
     assert part in str(error.value)
   assert 'lm_head' not in str(error.value)
@@ -169,6 +208,9 @@ def test_incomplete_folders(tmp_path):
     hf.load(tmp_path)
   (tmp_path / hf.INDEX).write_text(json.dumps({'weight_map': {'a': 'gone.safetensors'}}))
   with pytest.raises(FileNotFoundError, match=r'lacks gone\.safetensors'):
+    hf.load(tmp_path)
+  (tmp_path / hf.INDEX).write_text('{"metadata": {}}')
+  with pytest.raises(ValueError, match=r'index\.json is no index of safetensors files'):
     hf.load(tmp_path)
   (tmp_path / hf.CONFIG).write_text('{')
   with pytest.raises(ValueError, match='is not JSON'):

@@ -7,8 +7,8 @@ then reads slice by slice, so that no host ever holds more than it needs.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from o1jax.models.config import ModelConfig
 from o1jax.models.transformer import Model, Params
+from o1jax.models.weights import DTYPES, INDEX, WEIGHTS, Weights, empty
 
-CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
-INDEX = 'model.safetensors.index.json'
+__all__ = ['CONFIG', 'GENERATION', 'INDEX', 'TOKENIZER_FILES', 'WEIGHTS', 'copy_tokenizer']
+__all__ += ['hub_shapes', 'load', 'read_model', 'save']
+
+CONFIG = 'config.json'
 GENERATION = 'generation_config.json'
 TOKENIZER_FILES = (
   'tokenizer.json',
@@ -87,16 +90,18 @@ class _Tensor:
       return np.ascontiguousarray(array.reshape(columns, rows).T)
     return array.reshape(self.hub_shape)
 
-  def read(self, source: Any, index: tuple[slice, ...]) -> np.ndarray:
-    """Ours[index] from an open safetensors slice, reading only that part of it."""
-    shape = tuple(len(range(*part.indices(n))) for part, n in zip(index, self.shape, strict=True))
+  def read(self, weights: Weights, index: tuple[slice, ...], out: np.ndarray) -> None:
+    """Fills `out` with ours[index], reading only that part of the Hub's tensor."""
     if self.inputs:
       rows = _flat(index[self.inputs :], self.shape[self.inputs :])
       columns = _flat(index[: self.inputs], self.shape[: self.inputs])
-      return source[rows, columns].T.reshape(shape)
-    if self.layer is None:
-      return source[index]
-    return source[_flat(index, self.shape)].reshape(shape)
+      turned = out.reshape(columns.stop - columns.start, rows.stop - rows.start).T
+      weights.read(self.hub, (rows, columns), turned)
+    elif self.layer is None:
+      whole = zip(index, self.shape, strict=True)
+      weights.read(self.hub, tuple(_flat((part,), (size,)) for part, size in whole), out)
+    else:
+      weights.read(self.hub, (_flat(index, self.shape),), out.reshape(-1))
 
 
 def load(
@@ -120,21 +125,19 @@ def load(
       are missing, unexpected or of another shape, all of them in one message.
   """
   model = read_model(folder, dtype=dtype)
-  with contextlib.ExitStack() as stack:
-    files = _open_weights(Path(folder), stack)
-    table = list(_tensors(model))
-    _check(Path(folder), table, files, model)
-    where = shardings(model) if shardings is not None else None
-    params: Params = {}
-    by_name: dict[tuple[bool, str], list[_Tensor]] = {}
-    for tensor in table:
-      by_name.setdefault((tensor.layer is not None, tensor.name), []).append(tensor)
-    for (stacked, name), group in by_name.items():
-      target = params.setdefault('layers', {}) if stacked else params
-      placed = None
-      if where is not None:
-        placed = where['layers'][name] if stacked else where[name]
-      target[name] = _read(group, files, placed, np.dtype(model.config.dtype))
+  weights = Weights(Path(folder))
+  _check(Path(folder), model, weights)
+  where = shardings(model) if shardings is not None else None
+  by_name: dict[tuple[bool, str], list[_Tensor]] = {}
+  for tensor in _tensors(model):
+    by_name.setdefault((tensor.layer is not None, tensor.name), []).append(tensor)
+  params: Params = {}
+  for (stacked, name), group in by_name.items():
+    target = params.setdefault('layers', {}) if stacked else params
+    placed = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if where is not None:
+      placed = where['layers'][name] if stacked else where[name]
+    target[name] = _read(group, weights, placed, np.dtype(model.config.dtype))
   return model, params
 
 
@@ -218,31 +221,13 @@ def _tensors(model: Model) -> Iterator[_Tensor]:
         yield _Tensor(f'model.layers.{layer}.{hub}', name, layer, inputs, shape)
 
 
-def _open_weights(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-  """Hub tensor name -> the open safetensors file that holds it."""
-  if (folder / WEIGHTS).is_file():
-    paths = [folder / WEIGHTS]
-  elif (folder / INDEX).is_file():
-    index = json.loads((folder / INDEX).read_text())
-    paths = [folder / name for name in sorted(set(index['weight_map'].values()))]
-  else:
-    raise FileNotFoundError(f'{folder} has no weights: neither {WEIGHTS} nor {INDEX}')
-  absent = [path.name for path in paths if not path.is_file()]
-  if absent:
-    raise FileNotFoundError(f'{folder} lacks {", ".join(absent)}, which {INDEX} names')
-  files: dict[str, Any] = {}
-  for path in paths:
-    try:
-      file = stack.enter_context(safe_open(path, framework='numpy'))
-    except SafetensorError as error:
-      raise ValueError(f'{path} is not a readable safetensors file: {error}') from error
-    files |= dict.fromkeys(file.keys(), file)
-  return files
+def hub_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+  """Name and shape of every tensor that the model's checkpoint has."""
+  return {tensor.hub: tensor.hub_shape for tensor in _tensors(model)}
 
 
-def _check(folder: Path, table: list[_Tensor], files: Mapping[str, Any], model: Model) -> None:
-  wanted = {tensor.hub: tensor.hub_shape for tensor in table}
-  found = {name: tuple(file.get_slice(name).get_shape()) for name, file in files.items()}
+def _check(folder: Path, model: Model, weights: Weights) -> None:
+  wanted, found = hub_shapes(model), weights.shapes
   ignored = {'lm_head.weight'} if model.config.tie_embeddings else set()
   faults = [f'missing {name} {list(wanted[name])}' for name in wanted.keys() - found.keys()]
   faults += [
@@ -250,28 +235,69 @@ def _check(folder: Path, table: list[_Tensor], files: Mapping[str, Any], model: 
     for name in found.keys() - wanted.keys() - ignored
     if not name.endswith('rotary_emb.inv_freq')  # a buffer that old exports carry
   ]
-  faults += [
-    f'{name} is {list(found[name])}, the config asks for {list(wanted[name])}'
-    for name in wanted.keys() & found.keys()
-    if wanted[name] != found[name]
-  ]
+  for name in wanted.keys() & found.keys():
+    if wanted[name] != found[name]:
+      faults.append(f'{name} is {list(found[name])}, the config asks for {list(wanted[name])}')
+    if weights.dtypes[name] not in DTYPES:
+      faults.append(f'{name} is {weights.dtypes[name]}, none of {", ".join(DTYPES)}')
   if faults:
     raise ValueError(f'{folder} does not fit its {CONFIG}:\n  ' + '\n  '.join(sorted(faults)))
 
 
-def _read(group: list[_Tensor], files: Mapping[str, Any], placed: Any, dtype: np.dtype) -> Any:
-  """One parameter from its Hub tensors (one, or one a layer), each device its slice."""
-  slices = [files[tensor.hub].get_slice(tensor.hub) for tensor in group]
+def _read(group: list[_Tensor], weights: Weights, placed: Any, dtype: np.dtype) -> jax.Array:
+  """One parameter from its Hub tensors (one, or one a layer), each device its slice.
 
-  def part(index: tuple[slice, ...]) -> np.ndarray:
-    if group[0].layer is None:
-      return group[0].read(slices[0], index).astype(dtype)
-    layers = range(*index[0].indices(len(group)))
-    return np.stack([group[i].read(slices[i], index[1:]).astype(dtype) for i in layers])
-
+  On CPU a device takes over the memory that its slice is read into. To other devices a slice goes
+  layer by layer, so that the host holds one of them.
+  """
   shape = group[0].shape if group[0].layer is None else (len(group), *group[0].shape)
-  placed = placed or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.make_array_from_callback(shape, placed, part)
+  if not _is_remote(placed):
+    return jax.make_array_from_callback(shape, placed, lambda i: _part(group, weights, i, dtype))
+  shards = []
+  for device, index in placed.addressable_devices_indices_map(shape).items():
+    if group[0].layer is None:
+      shards.append(jax.device_put(_part(group, weights, index, dtype), device))
+    else:
+      shards.append(_by_layer(group, weights, index, dtype, device))
+    shards[-1].block_until_ready()  # the host's copy is free from here
+  return jax.make_array_from_single_device_arrays(shape, placed, shards)
+
+
+def _is_remote(placed: jax.sharding.Sharding) -> bool:
+  return any(device.platform != 'cpu' for device in placed.addressable_devices)
+
+
+def _part(group: list[_Tensor], weights: Weights, index: tuple, dtype: np.dtype) -> np.ndarray:
+  """ours[index] of a parameter, on the host."""
+  if group[0].layer is None:
+    out = empty(_shape(index, group[0].shape), dtype)
+    group[0].read(weights, index, out)
+    return out
+  out = empty(_shape(index, (len(group), *group[0].shape)), dtype)
+  for place, layer in enumerate(range(*index[0].indices(len(group)))):
+    group[layer].read(weights, index[1:], out[place])
+  return out
+
+
+def _by_layer(
+  group: list[_Tensor], weights: Weights, index: tuple, dtype: np.dtype, device: jax.Device
+) -> jax.Array:
+  """ours[index] of a stacked parameter, written on the device layer by layer."""
+  whole = jnp.zeros(_shape(index, (len(group), *group[0].shape)), dtype, device=device)
+  for place, layer in enumerate(range(*index[0].indices(len(group)))):
+    part = _part(group, weights, (slice(layer, layer + 1), *index[1:]), dtype)
+    whole = _with_layer(whole, jax.device_put(part, device), place).block_until_ready()
+  return whole
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_layer(whole: jax.Array, part: jax.Array, place: int) -> jax.Array:
+  return jax.lax.dynamic_update_slice_in_dim(whole, part, place, axis=0)
+
+
+def _shape(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Shape of array[index] for an array of `shape`."""
+  return tuple(len(range(*part.indices(n))) for part, n in zip(index, shape, strict=True))
 
 
 def _flat(index: tuple[slice, ...], shape: tuple[int, ...]) -> slice:

@@ -160,6 +160,17 @@ def load_tree(folder: pathlib.Path, like: Any = None) -> Any:
     return checkpointer.restore(folder, like)
 
 
+def trees_below(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Folders of `save_tree` anywhere below, sorted; checkpoints and unfinished saves left out."""
+  found = (path.parent.relative_to(folder) for path in folder.glob('**/_METADATA'))
+  unfinished = '.orbax-checkpoint-tmp'
+  return sorted(
+    path
+    for path in found
+    if 'checkpoints' not in path.parts and not any(unfinished in part for part in path.parts)
+  )
+
+
 def _orbax() -> Any:
   """Orbax on first use, without its running commentary."""
   import orbax.checkpoint as ocp

@@ -121,6 +121,11 @@ class Store:
     files.write_json(path, {'config': resolved, 'sessions': sessions})
 
 
+def saved_params(folder: pathlib.Path) -> list[str]:
+  """What stages of the run have saved by `save_params`: 'round0/rl/policy', 'tcg/dpo'."""
+  return [path.as_posix() for path in checkpoints.trees_below(folder / 'stages')]
+
+
 def check_folder(config: Config, force: bool = False) -> None:
   """Raises `ConfigError` where a `Store` would refuse the folder; leaves nothing behind."""
   folder = pathlib.Path(config.run.dir)
