@@ -23,16 +23,16 @@ from o1jax.stages.evaluate import name_ids, sampler
 from o1jax.stages.fit import fit
 from o1jax.types import Problem, Trajectory
 
-PAIRS = 128  # sibling pairs kept of one batch
+PAIRS_A_ROW = 2  # sibling pairs kept of one batch: so many divide over a mesh as its rows do
 SAMPLES = 32  # roll-outs of a held-out problem
 DEV_PROBLEMS = 60  # whose trees a stage's closing line judges the PRM on
 
 
 def batch_shape(run: Run) -> StepBatchShape:
   """Shape of the PRM's batches under the run's limits."""
-  return StepBatchShape(
-    run.config.prm.optim.batch, run.row_tokens, run.config.search.depth_limit, PAIRS
-  )
+  rows = run.config.prm.optim.batch
+  steps = run.config.search.depth_limit
+  return StepBatchShape(rows, run.row_tokens, steps, PAIRS_A_ROW * rows)
 
 
 def initial(run: Run, policy: Any) -> Any:
