@@ -1,7 +1,10 @@
 """Eight virtual CPU devices, strict ranks, no network: set before JAX is imported."""
 
 import os
+import signal
 
+# A shell has what it starts in the background ignore Ctrl-C, and so would all programs started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Programs here are small: compiling them well takes far longer than running them.
 FLAGS = ('--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0')
