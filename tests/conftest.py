@@ -3,7 +3,7 @@
 import os
 import signal
 
-# A shell has what it starts in the background ignore Ctrl-C, and so would all programs started here.
+# What a shell starts in the background ignores Ctrl-C, and so would all programs started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Programs here are small: compiling them well takes far longer than running them.
