@@ -104,17 +104,19 @@ def trained(folder, data):
     bench = Workbench(store, metrics, Progress(io.StringIO()), mesh, log_every=1)
     optim = OptimConfig(steps=8, warmup=1, batch=4)
     start = {'w': jnp.zeros((4, 4))}
-    end, _ = fit_module.fit(bench, 'stage', 'line', Line(), start, square, data, optim)
-    return end, [row['step'] for row in metrics.rows('stage/line')]
+    end, last = fit_module.fit(bench, 'stage', 'line', Line(), start, square, data, optim)
+    return end, last, [row['step'] for row in metrics.rows('stage/line')]
 
 
-def test_a_training_saves_at_the_step_boundary_and_goes_on_from_there(tmp_path):
-  calm, steps = trained(tmp_path / 'calm', Data())
-  first, second = Data(stop_at=3), Data()
+@pytest.mark.parametrize('stop_at', [3, 7])  # 7: the last batch, so that none is left
+def test_a_training_saves_at_the_step_boundary_and_goes_on_from_there(tmp_path, stop_at):
+  calm, metrics, steps = trained(tmp_path / 'calm', Data())
+  first, second = Data(stop_at), Data()
   with pytest.raises(Stopped):
     trained(tmp_path / 'stopped', first)
-  assert first.asked == [0, 1, 2, 3]
-  end, told = trained(tmp_path / 'stopped', second)
-  assert second.asked == [4, 5, 6, 7]
+  assert first.asked == list(range(stop_at + 1))
+  end, last, told = trained(tmp_path / 'stopped', second)
+  assert second.asked == list(range(stop_at + 1, 8))
   assert told == steps == list(range(1, 9))
+  assert last['loss'] == metrics['loss']
   jax.tree.map(np.testing.assert_array_equal, end, calm)

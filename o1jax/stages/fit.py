@@ -93,7 +93,8 @@ def fit(
     found = saves.restore(state)
     start = 0
     if found is not None:
-      start, state, _ = found
+      start, state, meta = found
+      latest.update(meta.get('latest', {}))  # nothing is logged again if the last step was saved
     bench.metrics.begin(label, after=start)
     with Lagged(emit) as lagged, bench.progress.bar(label, config.steps, start) as bar:
       for step in range(start, config.steps):
@@ -103,6 +104,6 @@ def fit(
           bar.update(step + 1, f'loss {latest["loss"]:.4f}' if latest else '')
         if saves.due() or stop.asked:
           lagged.flush()
-          saves.save(step + 1, state)
+          saves.save(step + 1, state, {'latest': dict(latest)})
         stop.check()
   return state.params, latest
