@@ -56,7 +56,7 @@ def main(
 def restart_with_huge_pages() -> None:
   """Starts this interpreter again with `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, keeping its pid.
 
-  On CPU a training step of a small model takes a quarter to a third less time then: its buffers
+  On CPU a training step of a small model takes less time then: its buffers
   are some megabytes each, and are mapped anew for every step. Does nothing where the variable says
   something about huge pages already, or where the C library is not glibc. Programs under test run
   in an environment of their own and do not see it.

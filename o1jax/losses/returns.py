@@ -170,8 +170,7 @@ def at_first_token(tokens: jax.Array, step_ids: jax.Array, num_steps: int) -> ja
   chex.assert_rank([tokens, step_ids], 1)
   chex.assert_type([tokens, step_ids], [jnp.float32, jnp.int32])
   before = jnp.concatenate([jnp.zeros_like(step_ids[:1]), step_ids[:-1]])
-  first = jnp.where(step_ids != before, tokens, 0.0)
-  return jax.ops.segment_sum(first, step_ids, num_steps + 1)[1:]
+  return over_steps(jnp.where(step_ids != before, tokens, 0.0), step_ids, num_steps)
 
 
 def over_steps(tokens: jax.Array, step_ids: jax.Array, num_steps: int) -> jax.Array:
