@@ -36,7 +36,7 @@ def loop(run) -> dict[str, Any]:
     prm = train_prm(run, round_, policy, found)  # step 4: learn to judge a step
     prms.append((searcher, policy, prm))
     before, known = policy, list(found)
-    policy, rollouts = improve_policy(run, round_, policy, prm, tests)  # step 5
+    policy, rollouts = improve_policy(run, round_, policy, prm, tests, known)  # step 5
     policies.append(Candidate(f'round{round_}/rl', policy))
     found += rollouts
     if round_ == 0 and run.config.rl.control:

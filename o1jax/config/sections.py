@@ -251,6 +251,9 @@ class RlConfig(Section):
   tau_fail: float = 0.0
   negative_scale: NonNegative = 1.0  # multiplies negative advantages
   imitation_coef: NonNegative = 0.0  # NLL of verified rollouts
+  # Updates of an iteration, behind those on its rollouts, on the verified paths of the whole run
+  # and of all iterations so far, as policy_sft makes them (self-imitation, arXiv 1806.05635).
+  replay: Natural = 0
   gae_lambda: Share = 0.95
   gae: Literal['token', 'step'] = 'token'  # what lambda counts ('ppo')
   critic: Literal['policy', 'own'] = 'policy'  # the trunk of the critic's head ('ppo')
@@ -271,13 +274,18 @@ class RlConfig(Section):
     return self.problems * self.group
 
   @property
+  def updates(self) -> int:
+    """Updates of the whole stage."""
+    return self.iterations * (self.epochs * (self.rows // self.minibatch) + self.replay)
+
+  @property
   def optim(self) -> OptimConfig:
     """The optimiser of the whole stage, counted in updates."""
     return OptimConfig(
       lr=self.lr,
       schedule=self.schedule,
       warmup=self.warmup,
-      steps=self.iterations * self.epochs * (self.rows // self.minibatch),
+      steps=self.updates,
       batch=self.minibatch,
       weight_decay=self.weight_decay,
       clip=self.grad_clip,
@@ -290,12 +298,10 @@ class RlConfig(Section):
       near = min(divisors, key=lambda n: abs(n - self.minibatch))
       text = f'rl.minibatch={self.minibatch} does not divide rl.problems*rl.group={self.rows}'
       yield ('minibatch', 'problems', 'group'), f'{text}; use {near}'
-    else:
-      updates = self.iterations * self.epochs * (self.rows // self.minibatch)
-      if self.warmup >= updates:
-        text = f'rl.warmup={self.warmup} leaves none of the {updates} updates'
-        keys = ('warmup', 'iterations', 'epochs', 'minibatch', 'problems', 'group')
-        yield keys, f'{text}; use at most {updates - 1}'
+    elif self.warmup >= self.updates:
+      text = f'rl.warmup={self.warmup} leaves none of the {self.updates} updates'
+      keys = ('warmup', 'iterations', 'epochs', 'minibatch', 'problems', 'group', 'replay')
+      yield keys, f'{text}; use at most {self.updates - 1}'
     if self.algorithm in ('grpo', 'dpo') and self.group < 2:
       text = f'rl.group={self.group} has nothing to compare within a problem'
       yield ('group', 'algorithm'), f"{text}; use 2 or more, or rl.algorithm='ppo'"

@@ -114,10 +114,11 @@ class Chunks:
     """Writes or replaces one chunk in one move."""
     write_jsonl(self.folder / f'{index:05d}.jsonl', rows)
 
-  def rows(self) -> Iterator[Any]:
-    """All rows, in the order of the chunks."""
+  def rows(self, before: int | None = None) -> Iterator[Any]:
+    """All rows, in the order of the chunks; with `before`, of the chunks of lower numbers."""
     for path in self._paths():
-      yield from read_jsonl(path)
+      if before is None or int(path.stem) < before:
+        yield from read_jsonl(path)
 
   def _paths(self) -> list[pathlib.Path]:
     return sorted(p for p in self.folder.glob('*.jsonl') if p.stem.isdigit())

@@ -45,14 +45,18 @@ def improve_policy(
   policy: Any,
   prm: Any,
   tests: Mapping[str, tuple[TestCase, ...]],
+  known: Sequence[Trajectory],
 ) -> tuple[Any, list[Trajectory]]:
-  """The policy after RL, and every rollout of it, judged by the problems' own tests."""
+  """The policy after RL, and every rollout of it, judged by the problems' own tests.
+
+  `known` are the roll-outs of the run so far, whose verified paths `rl.replay` trains on.
+  """
   name = f'round{round_}/rl'
   store = run.bench.store
   chunks = store.chunks(name, 'trajectories')
 
   def body() -> dict[str, Any]:
-    trained, last, tokens = _train(run, name, round_, policy, prm, tests, chunks)
+    trained, last, tokens = _train(run, name, round_, policy, prm, tests, known, chunks)
     store.save_params(name, 'policy', trained)
     result = {'sampled_tokens': tokens, 'outcome': last['outcome'], 'phi': last['phi']}
     return result | brief(run, trained, seed=run.config.run.seed * 1000 + round_)
@@ -62,23 +66,30 @@ def improve_policy(
   return store.load_params(name, 'policy'), found
 
 
-def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
-  config, bench = run.config.rl, run.bench
-  known = run.known_problems(round_)
-  generated = sum(p.id in tests for p in known)
+def _judged(run: Run, round_: int, tests):
+  """The problems that RL draws from, and the tests of each."""
+  config = run.config.rl
+  there = run.known_problems(round_)
+  generated = sum(p.id in tests for p in there)
   if config.own_tests:
-    tests = {p.id: p.tests for p in known if p.tests} | dict(tests)
-  problems = [p for p in known if p.id in tests]
-  bench.progress.say(f'{generated} of {len(problems)} problems are judged by generated tests')
+    tests = {p.id: p.tests for p in there if p.tests} | dict(tests)
+  problems = [p for p in there if p.id in tests]
+  run.bench.progress.say(f'{generated} of {len(problems)} problems are judged by generated tests')
   if len(problems) < config.problems:
     raise ValueError(
       f'rl.problems={config.problems}, but only {len(problems)} training problems have confirmed '
       'tests; lower it, raise tcg.samples, or set rl.own_tests=true'
     )
+  return problems, tests
+
+
+def _train(run: Run, name: str, round_: int, policy, prm, tests, known, chunks):
+  config, bench = run.config.rl, run.bench
+  problems, tests = _judged(run, round_, tests)
   loss_fn, start = _loss(run, policy)
   tx = optimizer(config.optim)
   state = init_state(start, tx)
-  update = make_update(loss_fn, tx)
+  update, imitate = make_update(loss_fn, tx), make_update(_imitation(run.model), tx)
   label, last, tokens, broken = f'{name}/policy', {}, 0, 0
   with deferred() as stop, bench.store.checkpoints(name, 'policy') as saves:
     found = saves.restore(state)
@@ -87,6 +98,7 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
       begin, state, meta = found
       last, tokens, broken = meta['last'], meta['tokens'], meta.get('broken', 0)
     bench.metrics.begin(label, after=begin)
+    seen = [*known, *map(stepwise.from_row, chunks.rows(before=begin))]
     with bench.progress.bar(label, config.iterations, begin) as bar:
       for iteration in range(begin, config.iterations):
         seed = (run.config.run.seed * 1000 + round_) * 1000 + iteration
@@ -97,9 +109,11 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
         reference = policy if config.reference == 'start' else _policy_of(state.params)
         learnt = _learn(run, update, state, reference, rollouts, alpha, iteration, rng)
         state, scalars, more = learnt
-        broken += more
+        version = round_ * config.iterations + iteration
+        seen += _record(run, chunks, iteration, rollouts, name, version)
+        state, again = _replay(run, imitate, state, seen, seed)
+        broken += more + again
         stop_if_broken(label, broken)
-        _record(run, chunks, iteration, rollouts, name, round_ * config.iterations + iteration)
         tokens += rollouts.sampled_tokens
         last = _summary(run, rollouts, alpha) | scalars
         bench.metrics.write(label, iteration + 1, last)
@@ -232,11 +246,35 @@ def _rollout_batch(
   return rollout_batch(config, rollouts, alpha, values=values, **args)
 
 
-def _record(run: Run, chunks, iteration: int, rollouts: Rollouts, origin: str, version: int):
+def _imitation(model: Any):
+  """SFT on the policy within what the configured loss trains."""
+  loss = sft_loss(model)
+  return lambda params, batch: loss(_policy_of(params), batch)
+
+
+def _replay(run: Run, update, state, seen: Sequence[Trajectory], seed: int):
+  """`rl.replay` updates on the verified paths so far: the state, how many were not finite."""
+  config = run.config
+  limit = config.policy_sft.max_paths_per_problem
+  documents = verified_documents(run, seen, limit=limit, seed=seed) if config.rl.replay else []
+  if not documents:
+    return state, 0
+  batch = config.policy_sft.optim.batch
+  data = batches(pack(documents, run.row_tokens), batch=batch, seed=seed)
+  rows = batch_sharding(run.bench.mesh)
+  placed = (shard(data[i], rows) for i in range(config.rl.replay))
+  state, _, broken = run_updates(update, state, placed)
+  return state, broken
+
+
+def _record(
+  run: Run, chunks, iteration: int, rollouts: Rollouts, origin: str, version: int
+) -> list[Trajectory]:
   """Keeps the iteration's rollouts in the open format, judged by the problems' own tests."""
   found = as_trajectories(run, rollouts.problems, rollouts.paths, origin=origin, version=version)
   prompts = {p.id: steps_lib.prompt_of(p.statement) for p in rollouts.problems}
   chunks.write(iteration, [stepwise.to_row(t, prompts[t.problem_id]) for t in found])
+  return found
 
 
 def _summary(run: Run, rollouts: Rollouts, alpha: float) -> dict[str, float]:
