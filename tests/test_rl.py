@@ -1,5 +1,6 @@
-"""RL's replay: verified paths, and these alone, are trained on beside the rollouts."""
+"""Which problems RL draws, and its replay: verified paths, and these alone, are trained on."""
 
+import collections
 import dataclasses
 import pathlib
 
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from o1jax.config import load
+from o1jax.config import RlConfig, load
 from o1jax.data.pack import pack
 from o1jax.data.steps import program_step
 from o1jax.learn.objectives import sft_loss
@@ -15,8 +16,9 @@ from o1jax.learn.state import init_state
 from o1jax.learn.update import make_update
 from o1jax.stages import rl
 from o1jax.stages.fit import optimizer, place
+from o1jax.stages.rollouts import draw_problems
 from o1jax.stages.setup import opened
-from o1jax.types import ACCEPTED, WRONG_ANSWER, Step, Trajectory, Verdict
+from o1jax.types import ACCEPTED, WRONG_ANSWER, Problem, Step, Trajectory, Verdict
 
 SMOKE = pathlib.Path(__file__).parents[1] / 'configs/smoke.yaml'
 
@@ -66,3 +68,42 @@ def test_without_a_verified_path_or_with_replay_off_nothing_is_trained(run):
   )
   for there, seen in ((run, [path(run, 1, WRONG_ANSWER)]), (off, [path(run, 0, ACCEPTED)])):
     assert int(replayed(there, seen).step) == 0
+
+
+def tried(problem, version, *statuses):
+  return [
+    Trajectory(problem, (), verdict=Verdict(s), policy_version=version, origin='rl')
+    for s in statuses
+  ]
+
+
+def drawn(prioritised, seen, times=3000):
+  config = RlConfig(problems=2, prioritised=prioritised)
+  problems = [Problem(name, '') for name in ('solved', 'half', 'failed', 'new')]
+  rng = np.random.default_rng(0)
+  counts = collections.Counter()
+  for _ in range(times):
+    found = draw_problems(config, problems, seen, rng)
+    assert len({p.id for p in found}) == 2
+    counts.update(p.id for p in found)
+  return {name: counts[name] / times for name in ('solved', 'half', 'failed', 'new')}
+
+
+def test_what_failed_last_is_drawn_oftener():
+  seen = [
+    *tried('solved', 0, WRONG_ANSWER, WRONG_ANSWER),  # an older policy's: does not count
+    *tried('failed', 0, ACCEPTED, ACCEPTED),
+    *tried('solved', 1, ACCEPTED, ACCEPTED),
+    *tried('half', 1, ACCEPTED, WRONG_ANSWER),
+    *tried('failed', 1, WRONG_ANSWER, WRONG_ANSWER),
+  ]
+  share = drawn(True, seen)
+  # Two draws without replacement by weights .05, .55, 1.05, 1.05 of 2.70 in all.
+  weights = {'solved': 0.05, 'half': 0.55, 'failed': 1.05, 'new': 1.05}
+  expected = {
+    a: (w + sum(v * w / (2.7 - v) for b, v in weights.items() if b != a)) / 2.7
+    for a, w in weights.items()
+  }
+  for name, rate in expected.items():
+    assert share[name] == pytest.approx(rate, abs=0.03)
+  assert all(rate == pytest.approx(0.5, abs=0.03) for rate in drawn(False, seen).values())

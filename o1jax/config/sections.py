@@ -222,6 +222,9 @@ class RlConfig(Section):
   algorithm: Literal['ppo', 'grpo', 'dpo'] = 'grpo'
   iterations: Count = 24
   problems: Count = 48  # of one iteration
+  # Draw problems the oftener the more of their latest roll-outs failed, not all alike: a group that
+  # succeeds as a whole teaches nothing (arXiv 2501.12599, sec. 2.3.4).
+  prioritised: bool = False
   group: Count = 8  # rollouts of one problem
   minibatch: Count = 96  # rows of one update
   epochs: Count = 1  # passes over an iteration's rollouts

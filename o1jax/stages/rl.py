@@ -34,7 +34,7 @@ from o1jax.stages.evaluate import brief, name_ids, sampler
 from o1jax.stages.fit import fit, optimizer, place, stop_if_broken
 from o1jax.stages.pairs import pair_batch
 from o1jax.stages.policy_sft import verified_documents
-from o1jax.stages.rollouts import KL, Rollouts, aggregate, roll_out, rollout_batch
+from o1jax.stages.rollouts import KL, Rollouts, aggregate, draw_problems, roll_out, rollout_batch
 from o1jax.stages.synthesis import as_trajectories
 from o1jax.types import TestCase, Trajectory
 
@@ -103,7 +103,7 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, known, chunks):
       for iteration in range(begin, config.iterations):
         seed = (run.config.run.seed * 1000 + round_) * 1000 + iteration
         rng = np.random.default_rng(seed)
-        chosen = [problems[i] for i in rng.permutation(len(problems))[: config.problems]]
+        chosen = draw_problems(config, problems, seen, rng)
         rollouts = roll_out(run, _policy_of(state.params), prm, chosen, tests, seed=seed)
         alpha = alpha_at(run, iteration)
         reference = policy if config.reference == 'start' else _policy_of(state.params)
