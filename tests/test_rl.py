@@ -78,7 +78,7 @@ def tried(problem, version, *statuses):
 
 
 def drawn(prioritised, seen, times=3000):
-  config = RlConfig(problems=2, prioritised=prioritised)
+  config = RlConfig(problems=2, minibatch=16, prioritised=prioritised)
   problems = [Problem(name, '') for name in ('solved', 'half', 'failed', 'new')]
   rng = np.random.default_rng(0)
   counts = collections.Counter()
