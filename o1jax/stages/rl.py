@@ -295,8 +295,9 @@ def expert_iteration(
 ) -> Any:
   """The control of round 0's RL: SFT on verified samples, with as many sampled tokens.
 
-  Samples come from the policy that RL started from; SFT starts from it too and also
-  sees the verified paths that its own SFT saw.
+  Samples come from the policy that RL started from, the same number for every problem; SFT starts
+  from it too, takes as many updates as RL if those are more than it takes by itself, and also sees
+  the verified paths that its own SFT saw.
   """
   name = 'expert_iteration/rl'
   store, config = run.bench.store, run.config
@@ -316,6 +317,7 @@ def expert_iteration(
     documents = verified_documents(run, [*found, *drawn], limit=limit, seed=seed)
     data = batches(pack(documents, run.row_tokens), batch=config.policy_sft.optim.batch, seed=seed)
     optim = config.policy_sft.optim
+    optim = optim.model_copy(update={'steps': max(optim.steps, config.rl.updates)})
     trained, _ = fit(run.bench, name, 'sft', run.model, policy, sft_loss(run.model), data, optim)
     store.save_params(name, 'policy', trained)
     return {'sampled_tokens': spent} | brief(run, trained, seed=seed)
