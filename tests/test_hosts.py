@@ -101,7 +101,7 @@ def test_a_killed_process_ends_the_other(tmp_path):
   codes, told = two('die', tmp_path / 'run', 'distributed.heartbeat_timeout_s=5')
   assert codes[1] == -signal.SIGKILL
   assert codes[0] not in (0, 143), told
-  assert 'process 0 of 2 stops' in told[0] or 'task:1' in told[0], told[0]
+  assert 'process 0 of 2 stops: ' in told[0] or 'task:1' in told[0], told[0]
 
 
 # finding the others
