@@ -167,8 +167,7 @@ def ambient_ways() -> int:
 
 
 def spread(tree: Any) -> Any:
-  """Host arrays over the ambient mesh by their rows; as they are without one, or if they do not
-  divide."""
+  """Host arrays by rows over the ambient mesh, whole if they do not divide; as is without one."""
   mesh, ways = jax.sharding.get_mesh(), ambient_ways()
   if mesh.empty:
     return tree
@@ -188,7 +187,8 @@ def constrain(tree: Any, names: tuple[str | None, ...]) -> Any:
   def pin(x):
     axes = [None if name is None else RULES[name] for name in names]
     ways = [_ways(mesh, axis) for axis in axes]
-    fits = [axis if size % n == 0 else None for axis, n, size in zip(axes, ways, x.shape)]  # noqa: B905
+    sizes = x.shape[: len(axes)]
+    fits = [a if size % n == 0 else None for a, n, size in zip(axes, ways, sizes, strict=True)]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*fits))
 
   return jax.tree.map(pin, tree)
