@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,8 @@ from o1jax.learn.objectives import (
 from o1jax.learn.state import init_state
 from o1jax.learn.update import make_update, run_updates
 from o1jax.models.heads import ScalarHead
-from o1jax.parallel.sharding import batch_sharding, shard
+from o1jax.parallel.distributed import fetch
+from o1jax.parallel.sharding import batch_sharding, shard, spread
 from o1jax.run.stop import deferred
 from o1jax.sampling.draw import Drawing
 from o1jax.stages.context import Run
@@ -63,7 +64,7 @@ def improve_policy(
 
   run.stage(name, f'{run.config.rl.algorithm} on process and outcome rewards', body)
   found = [stepwise.from_row(row) for row in chunks.rows()]
-  return store.load_params(name, 'policy'), found
+  return run.load_params(name, 'policy'), found
 
 
 def _judged(run: Run, round_: int, tests):
@@ -119,6 +120,7 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, known, chunks):
         bench.metrics.write(label, iteration + 1, last)
         bar.update(iteration + 1, f'outcome {last["outcome"]:.3f}')
         saves.save(iteration + 1, state, {'last': last, 'tokens': tokens, 'broken': broken})
+        stop.agree(wait=True)
         stop.check()
   return _policy_of(state.params), last, tokens
 
@@ -195,6 +197,11 @@ def _values(model, critic, params, batch):
   return _value_fn(model, critic)(params['critic'], hidden, batch)
 
 
+def _read(of: Callable[..., jax.Array], *args: Any) -> np.ndarray:
+  """What a model says of the rows of the last argument, a host batch spread over the mesh."""
+  return fetch(of(*args[:-1], spread(args[-1])))
+
+
 def _learn(run: Run, update, state, reference, rollouts: Rollouts, alpha, iteration, rng):
   """The updates of one iteration: the state, the last metrics, how many were not finite."""
   config = run.config.rl
@@ -214,7 +221,7 @@ def _minibatches(run: Run, state, reference, rollouts: Rollouts, alpha, iteratio
   config = run.config.rl
   size = config.minibatch
   if config.algorithm == 'dpo':
-    ref_logprobs = lambda side: np.asarray(_logprobs(run.model, reference, side))  # noqa: E731
+    ref_logprobs = lambda side: _read(_logprobs, run.model, reference, side)  # noqa: E731
     whole = pair_batch(config, rollouts, alpha, ref_logprobs, config.rows // 2)
     size = max(1, config.minibatch // 2)
   else:
@@ -236,13 +243,12 @@ def _rollout_batch(
   plain = rollout_batch(config, rollouts, alpha, values=None, **args)
   views = TokenBatch(plain.tokens, plain.positions, plain.segments, plain.mask)
   if config.kl_coef:
-    args['ref_logprobs'] = np.asarray(_logprobs(run.model, reference, views))
+    args['ref_logprobs'] = _read(_logprobs, run.model, reference, views)
   if config.importance_cap:
-    now = _logprobs(run.model, _policy_of(state.params), views)
-    args['now_logprobs'] = np.asarray(now)
+    args['now_logprobs'] = _read(_logprobs, run.model, _policy_of(state.params), views)
   values = None
   if config.algorithm == 'ppo':
-    values = np.asarray(_values(run.model, config.critic, state.params, views))
+    values = _read(_values, run.model, config.critic, state.params, views)
   return rollout_batch(config, rollouts, alpha, values=values, **args)
 
 
@@ -323,4 +329,4 @@ def expert_iteration(
     return {'sampled_tokens': spent} | brief(run, trained, seed=seed)
 
   run.stage(name, 'control: SFT on verified samples, no RL', body)
-  return store.load_params(name, 'policy')
+  return run.load_params(name, 'policy')
