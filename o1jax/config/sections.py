@@ -221,6 +221,9 @@ class PrmConfig(Section):
   """The process reward model."""
 
   optim: OptimConfig = OptimConfig(lr=1e-3, steps=200, batch=32)
+  # Roll-outs of the fine-tuned policy for each problem of the round, to learn from beside those of
+  # search: they hold the mistakes it still makes, and solve more than the policy that searched.
+  samples: Natural = 0
   mode: Literal['pointwise', 'pairwise', 'both'] = 'both'
   # What a roll-out is worth to its steps: 1 if its program passes every test, else 0 (accepted), or
   # search's terminal reward, in which a wrong program that passes most tests is worth most.
