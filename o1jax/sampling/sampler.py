@@ -123,8 +123,8 @@ class Sampler:
         f'use max_new of at most {limit - longest}'
       )
     count = len(slots)
-    out = _empty(count, self.max_new)
-    padding = self._size(count) - count
+    out = empty_samples(count, self.max_new)
+    padding = self.size(count) - count
     keys = row_keys(seed, np.pad(ids, ((0, padding), (0, 0))))
     live = np.arange(count + padding) < count
     rows = gather_rows(state, np.pad(slots, (0, padding)))
@@ -132,7 +132,7 @@ class Sampler:
     computed = self._drain(params, rows, np.where(live, np.arange(len(live)), -1), out)
     return dataclasses.replace(out, generated=int(out.lengths.sum()), computed=computed)
 
-  def _size(self, live: int) -> int:
+  def size(self, live: int) -> int:
     """The least of `rows`, `rows / SHRINK`, ... that holds so many rows."""
     size = self.rows
     while size // SHRINK >= max(live, SMALLEST):
@@ -155,10 +155,11 @@ class Sampler:
       out.stopped[where[real]] = ~live[real]
       if steps == self.max_new or not live.any():
         return computed
-      rows, where = compact(rows, where, self._size(int(live.sum())))
+      rows, where = compact(rows, where, self.size(int(live.sum())))
 
 
-def _empty(count: int, max_new: int) -> Samples:
+def empty_samples(count: int, max_new: int) -> Samples:
+  """`count` rows that have generated nothing yet."""
   return Samples(
     tokens=np.zeros((count, max_new), np.int32),
     logprobs=np.zeros((count, max_new), np.float32),
@@ -171,7 +172,7 @@ def _empty(count: int, max_new: int) -> Samples:
 
 def _join(parts: list[tuple[np.ndarray, Samples]], count: int, max_new: int, computed: int):
   """One `Samples` of batches; `computed` are the tokens of their prompts."""
-  out = _empty(count, max_new)
+  out = empty_samples(count, max_new)
   for where, part in parts:
     for field in ('tokens', 'logprobs', 'lengths', 'stopped'):
       getattr(out, field)[where] = getattr(part, field)
@@ -193,9 +194,10 @@ def compact(rows: Continuation, where: np.ndarray, size: int) -> tuple[Continuat
 
 @jax.jit
 def _gather(rows: Continuation, index: jax.Array, alive: jax.Array) -> Continuation:
-  fields = (rows.uniforms, rows.tokens, rows.logprobs, rows.lengths)
-  fields = jax.tree.map(lambda array: jnp.take(array, index, axis=0, mode='clip'), fields)
-  return Continuation(gather_rows(rows.state, index), *fields, live=alive, steps=rows.steps)
+  taken = (rows.uniforms, rows.tokens, rows.logprobs, rows.lengths, rows.marked, rows.mark)
+  *fields, marked, mark = (jnp.take(array, index, axis=0, mode='clip') for array in taken)
+  state = gather_rows(rows.state, index)
+  return Continuation(state, *fields, live=alive, steps=rows.steps, marked=marked, mark=mark)
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], ids: np.ndarray) -> None:
