@@ -112,6 +112,9 @@ def test_continued_paths_are_those_of_the_sampler(rows, chunk, monkeypatch):
   }
   assert len(new) > 8 and all(p in paths for p in new)
   assert_states_are_right(paths, sorted(new))
+  further = [(*p, (9, STEP_END)) for p in sorted(new)[:8]]  # which read the keys of those steps
+  paths.read(further)
+  assert_states_are_right(paths, further)
   paths.read(draw_paths(np.random.default_rng(9), 4))  # nothing stayed pinned
   assert not any(e.pins for e in paths._entries.values())
 

@@ -94,7 +94,7 @@ class Search:
   return of its roll-out, 1 for the process reward alone, for which nothing is rolled out.
   `pool_tokens` bounds the tokens whose keys and values are kept; 0 for all that the search can
   have. With `overlap` the judge works on half of the forest while the other half grows; it
-  changes no tree.
+  changes no tree. `extend` continues paths.
   """
 
   sampler: Sampler
@@ -108,6 +108,7 @@ class Search:
   mix: float = 0.0
   pool_tokens: int = 0
   overlap: bool = True
+  extend: Callable[..., Samples] = continue_paths
 
   def __post_init__(self):
     if not 0 <= self.mix <= 1:
@@ -278,7 +279,7 @@ class _Growing:
       sampler = dataclasses.replace(sampler, stop_ids=search.steps.stops)
     rows = np.repeat(going, width)
     names = [self.ids[rows], leaf[rows, None], np.tile(np.arange(width), len(going))[:, None]]
-    samples = continue_paths(
+    samples = search.extend(
       sampler,
       self.pool,
       [self.nodes[b][leaf[b]] for b in rows],
@@ -335,6 +336,7 @@ class _Growing:
       identity=spread(first, np.int32),
       logprob=spread(logprobs, np.float32),
       score=spread(scores, np.float32),
+      gumbel=spread(np.zeros(len(steps)), np.float32),
       terminal=spread(terminal, bool),
       cut=spread(~terminal & ~(whole & room), bool),
       valid=spread(np.ones_like(terminal), bool),

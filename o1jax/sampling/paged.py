@@ -21,10 +21,18 @@ from o1jax.sampling.decode import Continuation, run
 from o1jax.sampling.keys import row_keys
 from o1jax.sampling.kv_pool import NONE, gather, refill
 from o1jax.sampling.paths import Path, Paths
-from o1jax.sampling.sampler import COLUMN_MULTIPLE, Sampler, Samples, empty_samples, round_up
+from o1jax.sampling.sampler import (
+  COLUMN_MULTIPLE,
+  SHRINK,
+  Sampler,
+  Samples,
+  empty_samples,
+  round_up,
+)
 
 CHUNK = 16  # tokens drawn between two replacements, at most
-DEAD_SHARE = 8  # rows are replaced when one in so many has stopped
+FEWEST_ROWS = 16  # of a batch
+DEAD_SHARE = 3  # rows are replaced when one in so many has stopped: each time copies the batch
 
 
 def continue_paths(
@@ -92,7 +100,8 @@ class _Queue:
   def _arrange(self, state: DecodeState | None, where: np.ndarray):
     """A batch of the rows that go on and of new ones."""
     on = np.flatnonzero(where != NONE)
-    rows = self.sampler.size(min(len(on) + len(self.todo) - self.next, self.sampler.rows))
+    wanted = min(len(on) + len(self.todo) - self.next, self.sampler.rows)
+    rows = min(self.sampler.rows, max(FEWEST_ROWS, 1 << (wanted - 1).bit_length() if wanted else 0))
     new = np.arange(self.next, min(self.next + rows - len(on), len(self.todo)))
     self.next += len(new)
     self._read_ahead(new)
@@ -122,8 +131,9 @@ class _Queue:
     rows = _begin(state, self._chunk(where), live, self.stored[where] | ~live)
     waiting = self.next < len(self.todo)
     size = len(where)
-    smaller = self.sampler.size(size // 2)
-    leave = size - size // DEAD_SHARE if waiting else (smaller if smaller < size else 0)
+    # Where nothing waits, a much smaller batch is worth a new shape.
+    smaller = size // SHRINK if size // SHRINK >= FEWEST_ROWS else 0
+    leave = size - size // DEAD_SHARE if waiting else smaller
     rows = run(
       self.sampler.model,
       self.paths.params,

@@ -131,7 +131,7 @@ class Paths:
       mask[r, : len(step)] = True
     table, states = self.table([p[:-1] for p in paths], rows)
     state = gather(self.model, self.pool, table, states, new=width)
-    before = state.hidden
+    before = jnp.copy(state.hidden)  # `extend` deletes the state
     hidden, state = extend(self.model, self.params, state, tokens, mask)
     self.computed += tokens.size
     self.read_again += sum(len(s) for p, s in zip(paths, steps, strict=True) if p in self._seen)

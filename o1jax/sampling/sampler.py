@@ -124,7 +124,7 @@ class Sampler:
       )
     count = len(slots)
     out = empty_samples(count, self.max_new)
-    padding = self.size(count) - count
+    padding = self._size(count) - count
     keys = row_keys(seed, np.pad(ids, ((0, padding), (0, 0))))
     live = np.arange(count + padding) < count
     rows = gather_rows(state, np.pad(slots, (0, padding)))
@@ -132,7 +132,7 @@ class Sampler:
     computed = self._drain(params, rows, np.where(live, np.arange(len(live)), -1), out)
     return dataclasses.replace(out, generated=int(out.lengths.sum()), computed=computed)
 
-  def size(self, live: int) -> int:
+  def _size(self, live: int) -> int:
     """The least of `rows`, `rows / SHRINK`, ... that holds so many rows."""
     size = self.rows
     while size // SHRINK >= max(live, SMALLEST):
@@ -155,7 +155,7 @@ class Sampler:
       out.stopped[where[real]] = ~live[real]
       if steps == self.max_new or not live.any():
         return computed
-      rows, where = compact(rows, where, self.size(int(live.sum())))
+      rows, where = compact(rows, where, self._size(int(live.sum())))
 
 
 def empty_samples(count: int, max_new: int) -> Samples:
