@@ -96,7 +96,9 @@ class ModelSection(Section):
   """Which base model to start from."""
 
   path: str = 'embedded'  # 'embedded' (o1jax/base_model), or a folder in the Hub's layout
-  dtype: Literal['float32', 'bfloat16'] = 'float32'  # of the computation
+  dtype: Literal['float32', 'bfloat16'] = 'float32'  # of the weights and of the computation
+  # Prompts go through the tokenizer's chat template, as the one message of a user.
+  chat: bool = False
 
 
 class DataConfig(Section):
@@ -173,6 +175,7 @@ class SearchConfig(Section):
   simulations: Count = 12  # roll-outs of one problem
   children: Count = 4  # steps sampled for an expansion
   depth_limit: Count = 9  # steps
+  max_step_tokens: Count = 24  # of one step of a PRM-guided descent, its program excepted
   c: NonNegative = 2.0  # exploration
   c_schedule: Literal['constant', 'linear', 'exponential'] = 'constant'  # to a tenth
   temperature: Positive = 1.0

@@ -42,7 +42,7 @@ class Executor:
     """A verdict for each path; None for a path that was cut off before its program.
 
     A terminal step without a fenced program counts as a program that does not compile.
-    `tests` replaces each problem's own.
+    `tests` replaces each problem's own; an empty tuple leaves it with its `test_code`.
 
     Raises:
       SandboxError: too many programs could not be judged, or a layer stopped applying.
@@ -56,7 +56,8 @@ class Executor:
       keys.append(key)
       if key is not None and key not in self._known and key not in jobs:
         limits = self._limits.get(problem.id)
-        jobs[key] = Job(code, tuple(cases), problem.entry_point, problem.test_code, limits)
+        assertions = '' if cases else problem.test_code  # what replaces tests replaces these too
+        jobs[key] = Job(code, tuple(cases), problem.entry_point, assertions, limits)
     for key, verdict in zip(jobs, self._pool.judge(list(jobs.values())), strict=True):
       self._known[key] = verdict
     return [

@@ -34,6 +34,8 @@ def verified_documents(
   for problem_id, paths in counts.items():
     best = sorted(paths, key=lambda steps: (-paths[steps], len(steps)))[:limit]
     documents += [run.encoder.document(problems[problem_id], steps) for steps in best]
+  # Text that is encoded anew can have more tokens than the sampler took to write it.
+  documents = [d for d in documents if len(d.ids) <= run.row_tokens]
   order = np.random.default_rng(seed).permutation(len(documents))
   return [documents[i] for i in order]
 
@@ -46,6 +48,10 @@ def finetune_policy(run: Run, round_: int, params: Any, found: Sequence[Trajecto
   def body() -> dict[str, Any]:
     seed = run.config.run.seed * 1000 + round_
     documents = verified_documents(run, found, limit=config.max_paths_per_problem, seed=seed)
+    if not documents:
+      run.bench.progress.say(f'{name}: skipped: no program passed its tests; the policy stays')
+      store.save_params(name, 'policy', params)
+      return {'paths': 0} | brief(run, params, seed=seed)
     rows = pack(documents, run.row_tokens)
     data = batches(rows, batch=config.optim.batch, seed=seed)
     trained, last = fit(

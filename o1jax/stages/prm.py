@@ -63,12 +63,19 @@ def train_prm(run: Run, round_: int, policy: Any, found: Sequence[Trajectory]) -
       margin=config.pair_margin,
       hard=config.labels == 'hard',
     )
+    if config.mode == 'pairwise':
+      rows = [batch for batch in rows if batch.pair_weights.any()]
+    start = initial(run, policy)
+    if not rows:
+      what = 'pairs of siblings' if config.mode == 'pairwise' else 'judged paths'
+      run.bench.progress.say(f'{name}: skipped: there are no {what}; it scores as it began')
+      store.save_params(name, 'prm', start)
+      return {'trees': len(trees), 'nodes': 0}
     loss = prm_loss(
       run.model,
       pair_coef=config.pair_coef if config.mode != 'pointwise' else 0.0,
       point_coef=0.0 if config.mode == 'pairwise' else 1.0,
     )
-    start = initial(run, policy)
     data = of_list(rows, seed=seed)
     trained, last = fit(run.bench, name, 'prm', run.model, start, loss, data, config.optim)
     trained = blended(start, trained, config.blend)
@@ -159,12 +166,12 @@ def held_out_trees(
   logprobs: dict[tuple[str, tuple], float] = {}
   kept = []
   for i, (problem, path, verdict) in enumerate(zip(repeated, paths, verdicts, strict=True)):
-    if verdict is None or verdict.masked or not path or len(path) > limit:
-      continue
+    ends = np.flatnonzero(drawn.tokens[i] == run.tokenizer.step_end_id)
+    if verdict is None or verdict.masked or not 0 < len(path) <= min(limit, len(ends) + 1):
+      continue  # steps that were not closed have no log-prob of their own
     kept.append(
       Trajectory(problem.id, path, verdict=verdict, reward=float(verdict.status == 'accepted'))
     )
-    ends = np.flatnonzero(drawn.tokens[i] == run.tokenizer.step_end_id)
     start = 0
     for j, end in enumerate(ends[: len(path)], start=1):
       logprobs[problem.id, path[:j]] = float(drawn.logprobs[i, start : end + 1].sum())

@@ -52,9 +52,17 @@ def improve_policy(
   chunks = store.chunks(name, 'trajectories')
 
   def body() -> dict[str, Any]:
-    trained, last, tokens = _train(run, name, round_, policy, prm, tests, chunks)
+    judged = _judged(run, round_, tests)
+    trained, last, tokens = policy, {}, 0
+    if judged:
+      trained, last, tokens = _train(run, name, round_, policy, prm, judged, chunks)
+    else:
+      run.bench.progress.say(
+        f'{name}: skipped: no training problem has confirmed tests; raise tcg.samples, or set '
+        'rl.own_tests=true; the policy stays'
+      )
     store.save_params(name, 'policy', trained)
-    result = {'sampled_tokens': tokens, 'outcome': last['outcome'], 'phi': last['phi']}
+    result = {'sampled_tokens': tokens} | {k: last[k] for k in ('outcome', 'phi') if k in last}
     return result | brief(run, trained, seed=run.config.run.seed * 1000 + round_)
 
   run.stage(name, f'{run.config.rl.algorithm} on process and outcome rewards', body)
@@ -62,19 +70,22 @@ def improve_policy(
   return store.load_params(name, 'policy'), found
 
 
+def _judged(run: Run, round_: int, tests) -> dict[str, tuple[TestCase, ...]]:
+  """What judges each problem that RL can use: generated tests, or its own (none: `test_code`)."""
+  known, config = run.known_problems(round_), run.config.rl
+  own = {p.id: p.tests for p in known if p.tests or p.test_code} if config.own_tests else {}
+  judged = own | {p.id: tests[p.id] for p in known if p.id in tests}
+  generated = sum(key in tests for key in judged)
+  say = run.bench.progress.say
+  say(f'{generated} of {len(judged)} problems are judged by generated tests')
+  if 0 < len(judged) < config.problems:
+    say(f'rl.problems={config.problems}, but {len(judged)} have tests: an iteration has those')
+  return judged
+
+
 def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
   config, bench = run.config.rl, run.bench
-  known = run.known_problems(round_)
-  generated = sum(p.id in tests for p in known)
-  if config.own_tests:
-    tests = {p.id: p.tests for p in known if p.tests} | dict(tests)
-  problems = [p for p in known if p.id in tests]
-  bench.progress.say(f'{generated} of {len(problems)} problems are judged by generated tests')
-  if len(problems) < config.problems:
-    raise ValueError(
-      f'rl.problems={config.problems}, but only {len(problems)} training problems have confirmed '
-      'tests; lower it, raise tcg.samples, or set rl.own_tests=true'
-    )
+  problems = [p for p in run.known_problems(round_) if p.id in tests]
   loss_fn, start = _loss(run, policy)
   tx = optimizer(config.optim)
   state = init_state(start, tx)
@@ -206,6 +217,8 @@ def _minibatches(run: Run, state, reference, rollouts: Rollouts, alpha, iteratio
   else:
     whole = _rollout_batch(run, state, reference, rollouts, alpha, iteration)
   count = len(jax.tree.leaves(whole)[0])
+  ways = run.bench.mesh.shape['data'] * run.bench.mesh.shape['fsdp']
+  size = min(size, max(count // ways, 1) * ways)  # fewer problems than asked for have tests
   for _ in range(config.epochs):
     order = rng.permutation(count)
     for start in range(0, count - size + 1, size):
@@ -276,6 +289,10 @@ def expert_iteration(
       drawn += as_trajectories(run, problems, paths, origin=name, version=0)
     limit = config.policy_sft.max_paths_per_problem
     documents = verified_documents(run, [*found, *drawn], limit=limit, seed=seed)
+    if not documents:
+      run.bench.progress.say(f'{name}: skipped: no program passed its tests; the policy stays')
+      store.save_params(name, 'policy', policy)
+      return {'sampled_tokens': spent} | brief(run, policy, seed=seed)
     data = batches(pack(documents, run.row_tokens), batch=config.policy_sft.optim.batch, seed=seed)
     optim = config.policy_sft.optim
     trained, _ = fit(run.bench, name, 'sft', run.model, policy, sft_loss(run.model), data, optim)

@@ -29,6 +29,9 @@ from o1jax.stages.execute import Executor
 from o1jax.types import Problem
 
 
+logger = logging.getLogger(__name__)
+
+
 def model_folder(config: Config) -> pathlib.Path:
   """The Hub folder of the base model."""
   if config.model.path == 'embedded':
@@ -51,10 +54,9 @@ def opened(config: Config, wanted: Sequence[str], force: bool = False) -> Iterat
     _log_file(store.dir / 'run.log'),
   ):
     bench = Workbench(store, metrics, Progress(), mesh, config.run.log_every)
-    _, base = hf.load(model_folder(config))
-    splits = {name: _split(config, name) for name in ('train', 'dev', 'test')}
+    _, base = hf.load(model_folder(config), dtype=config.model.dtype)
     encoder = PathEncoder(tokenizer)
-    _check_prompts(config, encoder, splits)
+    splits = {name: _split(config, name, encoder) for name in ('train', 'dev', 'test')}
     bench.progress.say(
       f'sandbox tier {pool.tier}; {jax.device_count()} {jax.default_backend()} device'
     )
@@ -75,8 +77,7 @@ def dry_run(config: Config, force: bool = False) -> None:
   """Checks files, shapes, memory and the sandbox, says what it found, and does nothing."""
   check_folder(config, force)
   mesh, model, tokenizer = _checked(config)
-  splits = {name: _split(config, name) for name in ('dev',)}
-  _check_prompts(config, PathEncoder(tokenizer), splits)
+  _split(config, 'dev', PathEncoder(tokenizer))
   progress = Progress()
   with _pool(config) as pool:
     shapes = jax.tree.leaves(model.shapes())
@@ -132,8 +133,8 @@ def _checked(config: Config):
   mesh = model = tokenizer = None
   folder = model_folder(config)
   try:
-    model = hf.read_model(folder)
-    tokenizer = Tokenizer(folder)
+    model = hf.read_model(folder, dtype=config.model.dtype)
+    tokenizer = Tokenizer(folder, chat=config.model.chat)
     _ = tokenizer.step_end_id, tokenizer.action_ids
   except (ValueError, OSError) as error:
     faults.append(f'model.path={config.model.path!r}: {error}')
@@ -185,24 +186,37 @@ def _too_large(config: Config, model: Model, mesh) -> list[str]:
   ]
 
 
-def _split(config: Config, name: str) -> tuple[Problem, ...]:
+def _split(config: Config, name: str, encoder: PathEncoder) -> tuple[Problem, ...]:
+  """A split's first problems whose prompts the run can read; the others are counted and told."""
+  limit = config.data.max_prompt_tokens
+  long: list[int] = []  # tokens of the prompts that are too long
+  tagged: list[str] = []  # what stands in the statements that would be taken for reasoning
+
+  def usable(problem: Problem) -> bool:
+    try:
+      length = len(encoder.prompt(problem))
+    except ValueError as error:
+      tagged.append(str(error))
+      return False
+    if length > limit:
+      long.append(length)
+    return length <= limit
+
+  def left_out() -> str:
+    texts = [f'{len(long)} have more than data.max_prompt_tokens={limit} tokens'] if long else []
+    texts[:1] = [f'{text} (from {min(long)} to {max(long)})' for text in texts]
+    texts += [f'{len(tagged)} cannot be told from reasoning ({tagged[0]})'] if tagged else []
+    return f'{name}: {len(long) + len(tagged)} problems left out: {"; ".join(texts)}'
+
   count = getattr(config.data, f'{name}_problems')
   try:
-    return load_split(config.data.source, name, count, seed=0)
+    found = load_split(config.data.source, name, count, seed=0, usable=usable)
   except (ValueError, OSError) as error:
-    raise ConfigError('data', [str(error)]) from None
-
-
-def _check_prompts(config: Config, encoder: PathEncoder, splits) -> None:
-  limit = config.data.max_prompt_tokens
-  for name, problems in splits.items():
-    try:
-      longest = max(len(encoder.prompt(p)) for p in problems)
-    except ValueError as error:
-      raise ConfigError('data', [f'{name}: {error}']) from None
-    if longest > limit:
-      text = f'data.max_prompt_tokens={limit}, but a {name} prompt has {longest}; use {longest}'
-      raise ConfigError('data', [text])
+    faults = [left_out()] if long or tagged else []
+    raise ConfigError('data', [*faults, str(error)]) from None
+  if long or tagged:
+    logger.warning('%s', left_out())
+  return found
 
 
 def _pool(config: Config) -> Pool:

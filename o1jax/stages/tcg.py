@@ -238,6 +238,12 @@ _logprobs = jax.jit(sequence_logprobs, static_argnums=0)
 
 def _fit_sft(run: Run, documents: Sequence[Document]) -> Any:
   config = run.config.tcg
+  if not documents:
+    run.bench.progress.say(
+      f'{STAGE}/sft: skipped: no training problem has three tests of its own that fit '
+      f'tcg.row_tokens={config.row_tokens}; the generator stays as it was'
+    )
+    return run.base
   rows = pack(documents, config.row_tokens)
   data = batches(rows, batch=config.sft.batch, seed=run.config.run.seed)
   loss = sft_loss(run.model)
@@ -247,6 +253,9 @@ def _fit_sft(run: Run, documents: Sequence[Document]) -> Any:
 def _fit_pairs(run: Run, name: str, start: Any, pairs: PairBatch, *, preference: float) -> Any:
   """DPO, or with `preference` 0 its control, which has nothing but the NLL term."""
   config = run.config.tcg
+  if not len(pairs.chosen.tokens):
+    run.bench.progress.say(f'{STAGE}/{name}: skipped: there are no pairs; it stays as SFT left it')
+    return start
   data = batches(pairs, batch=config.dpo.batch, seed=run.config.run.seed)
   nll = config.nll if preference else 1.0
   loss = dpo_loss(
