@@ -25,15 +25,9 @@ class PathEncoder:
     self._prompts: dict[str, tuple[int, ...]] = {}
 
   def prompt(self, problem: Problem) -> tuple[int, ...]:
-    """What the policy reads before its first step.
-
-    Raises:
-      ValueError: the statement spells out a step tag or another special token.
-    """
+    """What the policy reads before its first step."""
     if problem.id not in self._prompts:
       text = steps_lib.prompt_of(problem.statement)
-      if (token := self.tokenizer.control_text(problem.statement)) is not None:
-        raise ValueError(f'the problem statement contains the special token {token!r}')
       self._prompts[problem.id] = tuple(self.tokenizer.prompt_ids(text))
     return self._prompts[problem.id]
 

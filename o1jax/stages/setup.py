@@ -28,7 +28,6 @@ from o1jax.stages.context import Run, Workbench
 from o1jax.stages.execute import Executor
 from o1jax.types import Problem
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -190,14 +189,13 @@ def _split(config: Config, name: str, encoder: PathEncoder) -> tuple[Problem, ..
   """A split's first problems whose prompts the run can read; the others are counted and told."""
   limit = config.data.max_prompt_tokens
   long: list[int] = []  # tokens of the prompts that are too long
-  tagged: list[str] = []  # what stands in the statements that would be taken for reasoning
+  tagged: list[str] = []  # statements with text that would be read as a control token
 
   def usable(problem: Problem) -> bool:
-    try:
-      length = len(encoder.prompt(problem))
-    except ValueError as error:
-      tagged.append(str(error))
+    if (token := encoder.tokenizer.control_text(problem.statement)) is not None:
+      tagged.append(f'{problem.id} spells out {token!r}')
       return False
+    length = len(encoder.prompt(problem))
     if length > limit:
       long.append(length)
     return length <= limit
@@ -205,7 +203,7 @@ def _split(config: Config, name: str, encoder: PathEncoder) -> tuple[Problem, ..
   def left_out() -> str:
     texts = [f'{len(long)} have more than data.max_prompt_tokens={limit} tokens'] if long else []
     texts[:1] = [f'{text} (from {min(long)} to {max(long)})' for text in texts]
-    texts += [f'{len(tagged)} cannot be told from reasoning ({tagged[0]})'] if tagged else []
+    texts += [f'{len(tagged)} spell out a special token ({tagged[0]})'] if tagged else []
     return f'{name}: {len(long) + len(tagged)} problems left out: {"; ".join(texts)}'
 
   count = getattr(config.data, f'{name}_problems')
