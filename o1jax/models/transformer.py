@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from o1jax.models import attention
+from o1jax.models import attention, lora
 from o1jax.models.config import ModelConfig
 from o1jax.models.ops import as_last, gated_silu, linear, rms_norm
 
@@ -74,8 +74,8 @@ class Layer(nnx.Module):
 
   def _heads(self, x: jax.Array, name: str) -> jax.Array:
     kernel = getattr(self, name)[...]  # [D, heads, H]
-    out = linear(x.reshape(-1, x.shape[-1]), kernel.reshape(kernel.shape[0], -1))
-    out = out.reshape(*x.shape[:-1], *kernel.shape[1:])
+    out = lora.product(x.reshape(-1, x.shape[-1]), kernel, linear)
+    out = out.reshape(*x.shape[:-1], *lora.outputs(kernel))
     if self.config.qkv_bias:
       bias = getattr(self, f'{name}_bias')[...]
       out += bias.reshape((1,) * (out.ndim - 2) + bias.shape)
@@ -85,13 +85,13 @@ class Layer(nnx.Module):
     """Residual x [B,T,D] and heads' output [B,T,N,H] -> the block's output."""
     c, shape = self.config, x.shape
     x, attended = x.reshape(-1, shape[-1]), attended.reshape(-1, c.num_heads * c.head_dim)
-    mixed = linear(attended, self.o[...].reshape(-1, shape[-1]))
+    mixed = lora.product(attended, self.o[...], linear)
     if c.o_bias:
       mixed += as_last(self.o_bias[...], mixed)
     x = x + mixed
     y = rms_norm(x, self.mlp_norm[...], c.rms_norm_eps)
-    inner = gated_silu(linear(y, self.gate[...]), linear(y, self.up[...]))
-    return (x + linear(inner, self.down[...])).reshape(shape)
+    gate, up = (lora.product(y, kernel[...], linear) for kernel in (self.gate, self.up))
+    return (x + lora.product(gated_silu(gate, up), self.down[...], linear)).reshape(shape)
 
 
 class Decoder(nnx.Module):
@@ -260,5 +260,6 @@ def _unstack(layers: Params, count: int) -> list[Params]:
 
   By lax.split: its transpose is one concatenation, that of indexing is L full-size additions.
   """
-  parts = {name: jax.lax.split(a, (1,) * count) for name, a in layers.items()}
-  return [{name: part[i][0] for name, part in parts.items()} for i in range(count)]
+  leaves, structure = jax.tree.flatten(layers)
+  parts = [jax.lax.split(leaf, (1,) * count) for leaf in leaves]
+  return [jax.tree.unflatten(structure, [part[i][0] for part in parts]) for i in range(count)]

@@ -8,16 +8,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from o1jax.config import Config
 from o1jax.data.paths import PathEncoder
 from o1jax.data.tokens import Tokenizer
+from o1jax.models import lora
 from o1jax.models.transformer import Model
+from o1jax.parallel.sharding import param_shardings, shard
 from o1jax.run import files
 from o1jax.run.metrics import Metrics
 from o1jax.run.progress import Progress
 from o1jax.run.store import Store
+from o1jax.sampling.keys import stable_id
 from o1jax.stages.execute import Executor
 from o1jax.types import Problem
 
@@ -69,6 +73,31 @@ class Run:
     """Those of the round and of all rounds before it."""
     each = self.config.data.per_round
     return self.train[: (round_ + 1) * each] if each else self.train
+
+  def adapted(self, params: Any, role: str) -> Any:
+    """`params` as `role` ('policy', 'tcg' or 'prm') trains them: with an adapter, where it has one.
+
+    A PRM's is new and lies above the policy's; the others go on with the one that is there.
+    """
+    section = getattr(self.config.lora, role)
+    if not section.rank:
+      return lora.merged(params) if role == 'prm' and lora.is_adapted(params) else params
+    if role != 'prm' and lora.is_adapted(params):
+      return params
+    spec = lora.Spec(section.rank, section.alpha, section.modules)
+    key = jax.random.fold_in(jax.random.key(self.config.run.seed), stable_id(role))
+    return lora.adapt(params, spec, key)
+
+  def save(self, stage: str, name: str, params: Any) -> None:
+    """Keeps what a stage trained; of a tree with adapters these alone."""
+    self.bench.store.save_params(stage, name, lora.detached(params))
+
+  def load(self, stage: str, name: str) -> Any:
+    """What `save` kept, adapters over the arrays of `base`; raises FileNotFoundError."""
+    params = lora.attached(self.base, self.bench.store.load_params(stage, name))
+    if not lora.is_adapted(params):
+      return params
+    return shard(params, param_shardings(self.bench.mesh, self.model, params))
 
   def stage(self, name: str, text: str, body: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of stage `name`, from its marker or by running `body`.

@@ -25,13 +25,14 @@ from o1jax.learn.objectives import (
 )
 from o1jax.learn.state import init_state
 from o1jax.learn.update import make_update, run_updates
+from o1jax.models import lora
 from o1jax.models.heads import ScalarHead
 from o1jax.parallel.sharding import batch_sharding, shard
 from o1jax.run.stop import deferred
 from o1jax.sampling.draw import Drawing
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import brief, name_ids, sampler
-from o1jax.stages.fit import fit, optimizer, place, stop_if_broken
+from o1jax.stages.fit import fit, optimizer, over_frozen, place, stop_if_broken
 from o1jax.stages.pairs import pair_batch
 from o1jax.stages.policy_sft import verified_documents
 from o1jax.stages.rollouts import KL, Rollouts, aggregate, roll_out, rollout_batch
@@ -61,13 +62,13 @@ def improve_policy(
         f'{name}: skipped: no training problem has confirmed tests; raise tcg.samples, or set '
         'rl.own_tests=true; the policy stays'
       )
-    store.save_params(name, 'policy', trained)
+    run.save(name, 'policy', trained)
     result = {'sampled_tokens': tokens} | {k: last[k] for k in ('outcome', 'phi') if k in last}
     return result | brief(run, trained, seed=run.config.run.seed * 1000 + round_)
 
   run.stage(name, f'{run.config.rl.algorithm} on process and outcome rewards', body)
   found = [stepwise.from_row(row) for row in chunks.rows()]
-  return store.load_params(name, 'policy'), found
+  return run.load(name, 'policy'), found
 
 
 def _judged(run: Run, round_: int, tests) -> dict[str, tuple[TestCase, ...]]:
@@ -88,8 +89,10 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
   problems = [p for p in run.known_problems(round_) if p.id in tests]
   loss_fn, start = _loss(run, policy)
   tx = optimizer(config.optim)
-  state = init_state(start, tx)
-  update = make_update(loss_fn, tx)
+  trained, frozen = lora.partition(start)
+  state = init_state(trained, tx)
+  step = make_update(over_frozen(loss_fn), tx)
+  update = lambda state, batch: step(state, batch, frozen)  # noqa: E731
   label, last, tokens, broken = f'{name}/policy', {}, 0, 0
   with deferred() as stop, bench.store.checkpoints(name, 'policy') as saves:
     found = saves.restore(state)
@@ -103,10 +106,11 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
         seed = (run.config.run.seed * 1000 + round_) * 1000 + iteration
         rng = np.random.default_rng(seed)
         chosen = [problems[i] for i in rng.permutation(len(problems))[: config.problems]]
-        rollouts = roll_out(run, _policy_of(state.params), prm, chosen, tests, seed=seed)
+        params = lora.combine(state.params, frozen)
+        rollouts = roll_out(run, _policy_of(params), prm, chosen, tests, seed=seed)
         alpha = alpha_at(run, iteration)
-        reference = policy if config.reference == 'start' else _policy_of(state.params)
-        learnt = _learn(run, update, state, reference, rollouts, alpha, iteration, rng)
+        reference = policy if config.reference == 'start' else _policy_of(params)
+        learnt = _learn(run, update, state, params, reference, rollouts, alpha, iteration, rng)
         state, scalars, more = learnt
         broken += more
         stop_if_broken(label, broken)
@@ -117,7 +121,7 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
         bar.update(iteration + 1, f'outcome {last["outcome"]:.3f}')
         saves.save(iteration + 1, state, {'last': last, 'tokens': tokens, 'broken': broken})
         stop.check()
-  return _policy_of(state.params), last, tokens
+  return _policy_of(lora.combine(state.params, frozen)), last, tokens
 
 
 def alpha_at(run: Run, iteration: int) -> float:
@@ -192,11 +196,11 @@ def _values(model, critic, params, batch):
   return _value_fn(model, critic)(params['critic'], hidden, batch)
 
 
-def _learn(run: Run, update, state, reference, rollouts: Rollouts, alpha, iteration, rng):
+def _learn(run: Run, update, state, params, reference, rollouts: Rollouts, alpha, iteration, rng):
   """The updates of one iteration: the state, the last metrics, how many were not finite."""
   config = run.config.rl
   rows = batch_sharding(run.bench.mesh)
-  batches = _minibatches(run, state, reference, rollouts, alpha, iteration, rng)
+  batches = _minibatches(run, params, reference, rollouts, alpha, iteration, rng)
   placed = (shard(batch, rows) for batch in batches)
   state, scalars, broken = run_updates(update, state, placed, max_kl=config.max_kl or None)
   wanted = ('loss', 'grad_norm', 'skipped', 'clip_fraction', 'old_kl', 'accuracy', 'margin')
@@ -207,7 +211,7 @@ def _learn(run: Run, update, state, reference, rollouts: Rollouts, alpha, iterat
   return state, {k: scalars[k] for k in wanted if k in scalars}, broken
 
 
-def _minibatches(run: Run, state, reference, rollouts: Rollouts, alpha, iteration, rng):
+def _minibatches(run: Run, params, reference, rollouts: Rollouts, alpha, iteration, rng):
   config = run.config.rl
   size = config.minibatch
   if config.algorithm == 'dpo':
@@ -215,7 +219,7 @@ def _minibatches(run: Run, state, reference, rollouts: Rollouts, alpha, iteratio
     whole = pair_batch(config, rollouts, alpha, ref_logprobs, config.rows // 2)
     size = max(1, config.minibatch // 2)
   else:
-    whole = _rollout_batch(run, state, reference, rollouts, alpha, iteration)
+    whole = _rollout_batch(run, params, reference, rollouts, alpha, iteration)
   count = len(jax.tree.leaves(whole)[0])
   ways = run.bench.mesh.shape['data'] * run.bench.mesh.shape['fsdp']
   size = min(size, max(count // ways, 1) * ways)  # fewer problems than asked for have tests
@@ -227,7 +231,7 @@ def _minibatches(run: Run, state, reference, rollouts: Rollouts, alpha, iteratio
 
 
 def _rollout_batch(
-  run: Run, state, reference, rollouts: Rollouts, alpha, iteration
+  run: Run, params, reference, rollouts: Rollouts, alpha, iteration
 ) -> RolloutBatch:
   """The iteration's batch, with what the configured loss reads of the models."""
   config = run.config.rl
@@ -237,11 +241,11 @@ def _rollout_batch(
   if config.kl_coef:
     args['ref_logprobs'] = np.asarray(_logprobs(run.model, reference, views))
   if config.importance_cap:
-    now = _logprobs(run.model, _policy_of(state.params), views)
+    now = _logprobs(run.model, _policy_of(params), views)
     args['now_logprobs'] = np.asarray(now)
   values = None
   if config.algorithm == 'ppo':
-    values = np.asarray(_values(run.model, config.critic, state.params, views))
+    values = np.asarray(_values(run.model, config.critic, params, views))
   return rollout_batch(config, rollouts, alpha, values=values, **args)
 
 
@@ -274,7 +278,7 @@ def expert_iteration(
   sees the verified paths that its own SFT saw.
   """
   name = 'expert_iteration/rl'
-  store, config = run.bench.store, run.config
+  config = run.config
 
   def body() -> dict[str, Any]:
     drawn: list[Trajectory] = []
@@ -291,13 +295,13 @@ def expert_iteration(
     documents = verified_documents(run, [*found, *drawn], limit=limit, seed=seed)
     if not documents:
       run.bench.progress.say(f'{name}: skipped: no program passed its tests; the policy stays')
-      store.save_params(name, 'policy', policy)
+      run.save(name, 'policy', policy)
       return {'sampled_tokens': spent} | brief(run, policy, seed=seed)
     data = batches(pack(documents, run.row_tokens), batch=config.policy_sft.optim.batch, seed=seed)
     optim = config.policy_sft.optim
     trained, _ = fit(run.bench, name, 'sft', run.model, policy, sft_loss(run.model), data, optim)
-    store.save_params(name, 'policy', trained)
+    run.save(name, 'policy', trained)
     return {'sampled_tokens': spent} | brief(run, trained, seed=seed)
 
   run.stage(name, 'control: SFT on verified samples, no RL', body)
-  return store.load_params(name, 'policy')
+  return run.load(name, 'policy')

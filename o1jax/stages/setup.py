@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import logging
 import pathlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import psutil
 
 from o1jax.config import Config, ConfigError
 from o1jax.data.paths import PathEncoder
 from o1jax.data.problems import load_split
 from o1jax.data.tokens import Tokenizer
-from o1jax.models import hf
+from o1jax.models import hf, lora, nf4
 from o1jax.models.transformer import Model
 from o1jax.parallel.mesh import make_mesh, meshes_that_fit
-from o1jax.parallel.sharding import batch_faults, model_faults
+from o1jax.parallel.sharding import batch_faults, model_faults, param_shardings
 from o1jax.run.metrics import Metrics
 from o1jax.run.progress import Progress
 from o1jax.run.store import Store, check_folder
@@ -53,7 +56,7 @@ def opened(config: Config, wanted: Sequence[str], force: bool = False) -> Iterat
     _log_file(store.dir / 'run.log'),
   ):
     bench = Workbench(store, metrics, Progress(), mesh, config.run.log_every)
-    _, base = hf.load(model_folder(config), dtype=config.model.dtype)
+    base = _base(config, mesh)
     encoder = PathEncoder(tokenizer)
     splits = {name: _split(config, name, encoder) for name in ('train', 'dev', 'test')}
     bench.progress.say(
@@ -87,19 +90,47 @@ def dry_run(config: Config, force: bool = False) -> None:
     progress.say('dry run: all checks passed, nothing was written')
 
 
+def _base(config: Config, mesh) -> Any:
+  """Parameters of the base model; where roles share them, laid out over the mesh once for all."""
+  place = None
+  if config.lora.used:
+    place = lambda model: param_shardings(mesh, model, model.shapes())  # noqa: E731
+  _, base = hf.load(model_folder(config), place, dtype=config.model.dtype)
+  return lora.quantised(base) if config.lora.base == 'nf4' else base
+
+
 def step_bytes(config: Config, model: Model) -> int:
-  """Rough bytes of the largest training step: state, activations and logits in float32."""
-  arch = model.config
-  weights = sum(x.size for x in jax.tree.leaves(model.shapes())) * 4
+  """Rough bytes of the largest training step: state, activations and logits."""
+  arch, each = model.config, jnp.dtype(model.config.dtype).itemsize
   tokens = (config.data.max_prompt_tokens + config.data.max_path_tokens) * max(
     config.policy_sft.optim.batch // config.policy_sft.optim.accumulate,
     config.prm.optim.batch // config.prm.optim.accumulate,
     config.rl.minibatch,
   )
   width = 14 * arch.hidden_size + 4 * arch.intermediate_size
-  activations = tokens * arch.num_layers * width * 4
+  layers = 1 if model.remat else arch.num_layers
+  activations = tokens * (layers * width + arch.num_layers * arch.hidden_size) * each
   logits = min(tokens * arch.vocab_size * 4, 64 << 20) * 3
-  return 4 * weights + activations + logits
+  return state_bytes(config, model) + activations + logits
+
+
+def state_bytes(config: Config, model: Model) -> int:
+  """Bytes of weights, their gradients and two moments, in the role that needs most.
+
+  The base is there beside the adapters, or beside the weights that a role without one trains.
+  """
+  shapes = model.shapes()
+  each = jnp.dtype(model.config.dtype).itemsize
+  whole = sum(x.size for x in jax.tree.leaves(shapes)) * each
+  base = whole
+  if config.lora.base == 'nf4':  # 4 bits and a float32 for 64 weights
+    projections = sum(shapes['layers'][name].size for name in lora.PROJECTIONS)
+    base -= int(projections * (each - 0.5 - 4 / nf4.BLOCK))
+  needs = []
+  for section in (config.lora.policy, config.lora.tcg, config.lora.prm):
+    spec = lora.Spec(section.rank, section.alpha, section.modules)
+    needs.append(16 * lora.factor_count(shapes, spec) if section.rank else 4 * whole)
+  return max(needs) + (base if config.lora.used else 0)
 
 
 @contextmanager
@@ -133,6 +164,7 @@ def _checked(config: Config):
   folder = model_folder(config)
   try:
     model = hf.read_model(folder, dtype=config.model.dtype)
+    model = dataclasses.replace(model, remat=config.model.remat)
     tokenizer = Tokenizer(folder, chat=config.model.chat)
     _ = tokenizer.step_end_id, tokenizer.action_ids
   except (ValueError, OSError) as error:
