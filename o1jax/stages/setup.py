@@ -100,18 +100,22 @@ def _base(config: Config, mesh) -> Any:
 
 
 def step_bytes(config: Config, model: Model) -> int:
-  """Rough bytes of the largest training step: state, activations and logits."""
+  """Rough bytes of the largest training step: state, activations, scores of attention, logits."""
   arch, each = model.config, jnp.dtype(model.config.dtype).itemsize
-  tokens = (config.data.max_prompt_tokens + config.data.max_path_tokens) * max(
-    config.policy_sft.optim.batch // config.policy_sft.optim.accumulate,
-    config.prm.optim.batch // config.prm.optim.accumulate,
-    config.rl.minibatch,
-  )
   width = 14 * arch.hidden_size + 4 * arch.intermediate_size
-  layers = 1 if model.remat else arch.num_layers
-  activations = tokens * (layers * width + arch.num_layers * arch.hidden_size) * each
-  logits = min(tokens * arch.vocab_size * 4, 64 << 20) * 3
-  return state_bytes(config, model) + activations + logits
+  kept = 1 if model.remat else arch.num_layers  # layers whose insides are there at once
+
+  def activations(rows: int, columns: int) -> int:
+    inside = rows * columns * width * each + 8 * rows * arch.num_heads * columns**2
+    return kept * inside + arch.num_layers * rows * columns * arch.hidden_size * each
+
+  columns = config.data.max_prompt_tokens + config.data.max_path_tokens
+  optims = [(config.policy_sft.optim, columns, 1), (config.prm.optim, columns, 1)]
+  optims += [(config.tcg.sft, config.tcg.row_tokens, 1), (config.tcg.dpo, config.tcg.row_tokens, 2)]
+  shapes = [(sides * o.batch // o.accumulate, t) for o, t, sides in optims]
+  rows, columns = max([*shapes, (config.rl.minibatch, columns)], key=lambda s: activations(*s))
+  logits = min(rows * columns * arch.vocab_size * 4, 64 << 20) * 3
+  return state_bytes(config, model) + activations(rows, columns) + logits
 
 
 def state_bytes(config: Config, model: Model) -> int:
