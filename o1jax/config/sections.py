@@ -103,6 +103,8 @@ class ModelSection(Section):
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # of the weights and of the computation
   # Prompts go through the tokenizer's chat template, as the one message of a user.
   chat: bool = False
+  # Of whole rows in training and scoring; 'auto' is by platform and shape (models/backends.py).
+  attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'
   remat: bool = False  # recompute each layer in the backward pass: less memory, a third more work
 
 

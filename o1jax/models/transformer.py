@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from o1jax.models import attention, lora
+from o1jax.models import attention, backends, lora
 from o1jax.models.config import ModelConfig
 from o1jax.models.ops import as_last, gated_silu, linear, rms_norm
 
@@ -133,11 +133,13 @@ class _Axes:
 class Model:
   """A decoder as a hashable value: pure functions of a nested dict of parameters.
 
-  `remat` recomputes each layer in the backward pass instead of keeping it.
+  `remat` recomputes each layer in the backward pass instead of keeping it; `attention` is one of
+  `backends.BACKENDS`, for whole rows.
   """
 
   config: ModelConfig
   remat: bool = False
+  attention: str = 'auto'
 
   def init(self, key: jax.Array) -> Params:
     """Random parameters: normal(0, initializer_range), norms one, biases zero."""
@@ -171,28 +173,23 @@ class Model:
     """Like `hidden`, from embeddings x [B, T, D]."""
     c = self.config
     rope = attention.rope_table(c, positions)
-    masks = attention.full_masks(c, positions, segments)
+    backend = backends.choose(self.attention, c, x.shape[1])
+    attend = backends.attend(backend, c, positions, segments)
 
-    def block(x, weights, mask):
+    def block(x, weights, sliding):
       layer = nnx.merge(_abstract(c)[0], weights)
       q, k, v = layer.project(x, rope)
-      return layer.finish(x, attention.attend(q, k, v, mask))
+      return layer.finish(x, attend(q, k, v, sliding))
 
-    if self.remat:
-      block = jax.checkpoint(block)
+    sliding = [window is not None for window in c.windows]
     if c.num_layers <= UNROLL_LAYERS:
-      for weights, window in zip(_unstack(params['layers'], c.num_layers), c.windows, strict=True):
-        x = block(x, weights, masks.layer(window))
+      block = jax.checkpoint(block, static_argnums=2) if self.remat else block
+      for weights, near in zip(_unstack(params['layers'], c.num_layers), sliding, strict=True):
+        x = block(x, weights, near)
     else:
-      is_window = jnp.array([w is not None for w in c.windows])
-      full, window = masks.full, masks.window
-
-      def step(x, inputs):
-        weights, sliding = inputs
-        mask = full if window is None else jnp.where(sliding, window, full)
-        return block(x, weights, mask), None
-
-      x, _ = jax.lax.scan(step, x, (params['layers'], is_window))
+      block = jax.checkpoint(block) if self.remat else block
+      step = lambda x, inputs: (block(x, *inputs), None)  # noqa: E731
+      x, _ = jax.lax.scan(step, x, (params['layers'], jnp.array(sliding)))
     return rms_norm(x, params['norm'], c.rms_norm_eps)
 
   def output_rows(self, params: Params) -> jax.Array:

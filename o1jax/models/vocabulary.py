@@ -39,4 +39,5 @@ def with_tokens(
     return rows
 
   new = {name: grown(params[name]) for name in ('embed', 'lm_head') if name in params}
-  return Model(dataclasses.replace(model.config, vocab_size=size), model.remat), params | new
+  config = dataclasses.replace(model.config, vocab_size=size)
+  return dataclasses.replace(model, config=config), params | new

@@ -19,6 +19,7 @@ from o1jax.data.paths import PathEncoder
 from o1jax.data.problems import load_split
 from o1jax.data.tokens import Tokenizer
 from o1jax.models import hf, lora, nf4
+from o1jax.models.backends import choose
 from o1jax.models.transformer import Model
 from o1jax.parallel.mesh import make_mesh, meshes_that_fit
 from o1jax.parallel.sharding import batch_faults, model_faults, param_shardings
@@ -168,7 +169,8 @@ def _checked(config: Config):
   folder = model_folder(config)
   try:
     model = hf.read_model(folder, dtype=config.model.dtype)
-    model = dataclasses.replace(model, remat=config.model.remat)
+    model = dataclasses.replace(model, remat=config.model.remat, attention=config.model.attention)
+    choose(model.attention, model.config, config.data.max_prompt_tokens)
     tokenizer = Tokenizer(folder, chat=config.model.chat)
     _ = tokenizer.step_end_id, tokenizer.action_ids
   except (ValueError, OSError) as error:
