@@ -59,7 +59,7 @@ def opened(config: Config, wanted: Sequence[str], force: bool = False) -> Iterat
     bench = Workbench(store, metrics, Progress(), mesh, config.run.log_every)
     base = _base(config, mesh)
     encoder = PathEncoder(tokenizer)
-    splits = {name: _split(config, name, encoder) for name in ('train', 'dev', 'test')}
+    splits = {name: read_split(config, name, encoder) for name in ('train', 'dev', 'test')}
     bench.progress.say(
       f'sandbox tier {pool.tier}; {jax.device_count()} {jax.default_backend()} device'
     )
@@ -80,7 +80,7 @@ def dry_run(config: Config, force: bool = False) -> None:
   """Checks files, shapes, memory and the sandbox, says what it found, and does nothing."""
   check_folder(config, force)
   mesh, model, tokenizer = _checked(config)
-  _split(config, 'dev', PathEncoder(tokenizer))
+  read_split(config, 'dev', PathEncoder(tokenizer))
   progress = Progress()
   with _pool(config) as pool:
     shapes = jax.tree.leaves(model.shapes())
@@ -223,7 +223,7 @@ def _too_large(config: Config, model: Model, mesh) -> list[str]:
   ]
 
 
-def _split(config: Config, name: str, encoder: PathEncoder) -> tuple[Problem, ...]:
+def read_split(config: Config, name: str, encoder: PathEncoder) -> tuple[Problem, ...]:
   """A split's first problems whose prompts the run can read; the others are counted and told."""
   limit = config.data.max_prompt_tokens
   long: list[int] = []  # tokens of the prompts that are too long
