@@ -17,10 +17,11 @@ from o1jax import cli
 
 def loop(run) -> dict[str, Any]:
   """Trains through all rounds and returns the summary of the run."""
+  from o1jax.stages.control import expert_iteration
   from o1jax.stages.policy_sft import finetune_policy
   from o1jax.stages.prm import train_prm
   from o1jax.stages.report import Candidate, policy_rows, prm_row, search_row, tcg_rows
-  from o1jax.stages.rl import expert_iteration, improve_policy
+  from o1jax.stages.rl import improve_policy
   from o1jax.stages.synthesis import sample_tuned, synthesize
   from o1jax.stages.tcg import train_tcg, write_tests
 

@@ -9,6 +9,7 @@ fields goes into the section's `relations`.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -29,6 +30,9 @@ FREE_KEYS = (
   'sandbox.url',
   'metrics',
 )
+
+# What an adapter can be for, by its name on the Hub.
+PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -122,7 +126,12 @@ class ModelSection(Section):
   """Which base model to start from."""
 
   path: str = 'embedded'  # 'embedded' (o1jax/base_model), or a folder in the Hub's layout
-  dtype: Literal['float32', 'bfloat16'] = 'float32'  # of the computation
+  dtype: Literal['float32', 'bfloat16'] = 'float32'  # of the weights and of the computation
+  # Prompts go through the tokenizer's chat template, as the one message of a user.
+  chat: bool = False
+  # Of whole rows in training and scoring; 'auto' is by platform and shape (models/backends.py).
+  attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'
+  remat: bool = False  # recompute each layer in the backward pass: less memory, a third more work
 
 
 class DataConfig(Section):
@@ -199,6 +208,7 @@ class SearchConfig(Section):
   simulations: Count = 12  # roll-outs of one problem
   children: Count = 4  # steps sampled for an expansion
   depth_limit: Count = 9  # steps
+  max_step_tokens: Count = 24  # of one step of a PRM-guided descent, its program excepted
   c: NonNegative = 2.0  # exploration
   c_schedule: Literal['constant', 'linear', 'exponential'] = 'constant'  # to a tenth
   temperature: Positive = 1.0
@@ -360,6 +370,47 @@ class RlConfig(Section):
       yield ('max_kl', 'algorithm'), f'{text}; set it to 0'
 
 
+class AdapterConfig(Section):
+  """A low-rank adapter in place of training all weights."""
+
+  rank: Natural = 0  # 0: no adapter, all weights are trained
+  alpha: Positive = 16.0  # the adapter's term is multiplied by alpha / rank
+  # Patterns of the projections that have one: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj,
+  # down_proj; '*_proj' is all of them.
+  modules: tuple[str, ...] = ('*_proj',)
+
+  def relations(self) -> Iterator[Relation]:
+    """Every pattern chooses something."""
+    for pattern in self.modules:
+      if not any(fnmatch.fnmatchcase(name, pattern) for name in PROJECTIONS):
+        text = f'modules: {pattern!r} is none of {", ".join(PROJECTIONS)} and matches none'
+        yield ('modules',), text
+    if not self.modules:
+      yield ('modules',), "modules=[] chooses nothing; use ['*_proj'], or rank=0 for no adapter"
+
+
+class LoraConfig(Section):
+  """Adapters by role over one frozen base; checkpoints then hold the adapters alone."""
+
+  base: Literal['as_is', 'nf4'] = 'as_is'  # 'nf4': its projections in four bits (QLoRA)
+  policy: AdapterConfig = AdapterConfig()
+  tcg: AdapterConfig = AdapterConfig()
+  prm: AdapterConfig = AdapterConfig()  # above the policy's
+
+  @property
+  def used(self) -> bool:
+    """Whether some role has an adapter."""
+    return any((self.policy.rank, self.tcg.rank, self.prm.rank))
+
+  def relations(self) -> Iterator[Relation]:
+    """Codes of four bits cannot be trained themselves."""
+    if self.base == 'nf4':
+      lacking = [r for r in ('policy', 'tcg', 'prm') if not getattr(self, r).rank]
+      if lacking:
+        text = f'lora.base=nf4 is frozen, but lora.{lacking[0]}.rank=0 trains all weights'
+        yield ('base', *(f'{r}.rank' for r in lacking)), f'{text}; use a rank of 1 or more'
+
+
 class EvalConfig(Section):
   """What the report measures."""
 
@@ -404,6 +455,7 @@ class Config(Section):
   policy_sft: PolicySftConfig = PolicySftConfig()
   prm: PrmConfig = PrmConfig()
   rl: RlConfig = RlConfig()
+  lora: LoraConfig = LoraConfig()
   eval: EvalConfig = EvalConfig()
   sandbox: SandboxConfig = SandboxConfig()
   metrics: MetricsConfig = MetricsConfig()

@@ -24,6 +24,8 @@ RULES = {
   'mlp': 'tensor',
   'head_dim': None,
   'layers': None,
+  'rank': None,
+  'blocks': None,
 }
 # Kept whole when they do not divide: one key head serves several query heads,
 # and vocabularies have any size.
@@ -38,7 +40,8 @@ def param_shardings(mesh: Mesh, model: Any, params: Any) -> Any:
     model: anything with `logical_axes()`, the names of its parameters' axes.
     params: the model's parameters, or any pytree that contains such trees (a
       PRM's {'trunk', 'head'}, an optimiser's moments). Leaves outside them are
-      repeated on every device. Arrays or `jax.ShapeDtypeStruct`s.
+      repeated on every device. Arrays or `jax.ShapeDtypeStruct`s; a subtree in the
+      place of one has `axes(names)`, the names of its own arrays.
 
   Raises:
     ValueError: naming each parameter axis that its mesh axis does not divide, and meshes that do.
@@ -66,7 +69,6 @@ def batch_faults(mesh: Mesh | AbstractMesh, batch: int) -> list[str]:
 def _placed(mesh: Mesh | AbstractMesh, model: Any, params: Any) -> tuple[Any, list[str]]:
   """The shardings of `params`, whole where they do not divide, and each such axis in words."""
   axes = model.logical_axes()
-  named = jax.tree.structure(axes, is_leaf=_is_names)
   faults: list[str] = []
 
   def is_model(node):
@@ -75,10 +77,14 @@ def _placed(mesh: Mesh | AbstractMesh, model: Any, params: Any) -> tuple[Any, li
   def place(node):
     if not is_model(node):
       return NamedSharding(mesh, PartitionSpec())
-    if jax.tree.structure(node) != named:
-      raise ValueError(f'parameters {sorted(node)} do not have the structure of the model')
+    names_of = lambda names, leaf: leaf.axes(names) if hasattr(leaf, 'axes') else names  # noqa: E731
+    try:
+      whole = jax.tree.map(names_of, axes, node, is_leaf=_is_names)
+    except ValueError:
+      text = f'parameters {sorted(node)} do not have the structure of the model'
+      raise ValueError(text) from None
     spec = lambda names, leaf: _spec(mesh, names, leaf.shape, faults)  # noqa: E731
-    return jax.tree.map(spec, axes, node, is_leaf=_is_names)
+    return jax.tree.map(spec, whole, node, is_leaf=_is_names)
 
   shardings = jax.tree.map(place, params, is_leaf=is_model)
   return shardings, list(dict.fromkeys(faults))

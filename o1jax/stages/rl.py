@@ -25,14 +25,14 @@ from o1jax.learn.objectives import (
 )
 from o1jax.learn.state import init_state
 from o1jax.learn.update import make_update, run_updates
+from o1jax.models import lora
 from o1jax.models.heads import ScalarHead
 from o1jax.parallel.distributed import fetch
 from o1jax.parallel.sharding import batch_sharding, shard, spread
 from o1jax.run.stop import deferred
-from o1jax.sampling.draw import Drawing
 from o1jax.stages.context import Run
-from o1jax.stages.evaluate import brief, name_ids, sampler
-from o1jax.stages.fit import fit, optimizer, place, stop_if_broken
+from o1jax.stages.evaluate import brief
+from o1jax.stages.fit import optimizer, over_frozen, place, stop_if_broken
 from o1jax.stages.pairs import pair_batch
 from o1jax.stages.policy_sft import verified_documents
 from o1jax.stages.rollouts import KL, Rollouts, aggregate, draw_problems, roll_out, rollout_batch
@@ -57,40 +57,48 @@ def improve_policy(
   chunks = store.chunks(name, 'trajectories')
 
   def body() -> dict[str, Any]:
-    trained, last, tokens = _train(run, name, round_, policy, prm, tests, known, chunks)
-    store.save_params(name, 'policy', trained)
-    result = {'sampled_tokens': tokens, 'outcome': last['outcome'], 'phi': last['phi']}
+    judged = _judged(run, round_, tests)
+    trained, last, tokens = policy, {}, 0
+    if judged:
+      trained, last, tokens = _train(run, name, round_, policy, prm, judged, known, chunks)
+    else:
+      run.bench.progress.say(
+        f'{name}: skipped: no training problem has confirmed tests; raise tcg.samples, or set '
+        'rl.own_tests=true; the policy stays'
+      )
+    run.save(name, 'policy', trained)
+    result = {'sampled_tokens': tokens} | {k: last[k] for k in ('outcome', 'phi') if k in last}
     return result | brief(run, trained, seed=run.config.run.seed * 1000 + round_)
 
   run.stage(name, f'{run.config.rl.algorithm} on process and outcome rewards', body)
   found = [stepwise.from_row(row) for row in chunks.rows()]
-  return run.load_params(name, 'policy'), found
+  return run.load(name, 'policy'), found
 
 
-def _judged(run: Run, round_: int, tests):
-  """The problems that RL draws from, and the tests of each."""
-  config = run.config.rl
-  there = run.known_problems(round_)
-  generated = sum(p.id in tests for p in there)
-  if config.own_tests:
-    tests = {p.id: p.tests for p in there if p.tests} | dict(tests)
-  problems = [p for p in there if p.id in tests]
-  run.bench.progress.say(f'{generated} of {len(problems)} problems are judged by generated tests')
-  if len(problems) < config.problems:
-    raise ValueError(
-      f'rl.problems={config.problems}, but only {len(problems)} training problems have confirmed '
-      'tests; lower it, raise tcg.samples, or set rl.own_tests=true'
-    )
-  return problems, tests
+def _judged(run: Run, round_: int, tests) -> dict[str, tuple[TestCase, ...]]:
+  """What judges each problem that RL can use: generated tests, or its own (none: `test_code`)."""
+  known, config = run.known_problems(round_), run.config.rl
+  own = {p.id: p.tests for p in known if p.tests or p.test_code} if config.own_tests else {}
+  judged = own | {p.id: tests[p.id] for p in known if p.id in tests}
+  generated = sum(key in tests for key in judged)
+  say = run.bench.progress.say
+  say(f'{generated} of {len(judged)} problems are judged by generated tests')
+  if 0 < len(judged) < config.problems:
+    say(f'rl.problems={config.problems}, but {len(judged)} have tests: an iteration has those')
+  return judged
 
 
 def _train(run: Run, name: str, round_: int, policy, prm, tests, known, chunks):
   config, bench = run.config.rl, run.bench
-  problems, tests = _judged(run, round_, tests)
+  problems = [p for p in run.known_problems(round_) if p.id in tests]
   loss_fn, start = _loss(run, policy)
   tx = optimizer(config.optim)
-  state = init_state(start, tx)
-  update, imitate = make_update(loss_fn, tx), make_update(_imitation(run.model), tx)
+  trained, frozen = lora.partition(start)
+  state = init_state(trained, tx)
+  update, imitate = (
+    functools.partial(_over, make_update(over_frozen(loss), tx), frozen)
+    for loss in (loss_fn, _imitation(run.model))
+  )
   label, last, tokens, broken = f'{name}/policy', {}, 0, 0
   with deferred() as stop, bench.store.checkpoints(name, 'policy') as saves:
     found = saves.restore(state)
@@ -105,10 +113,11 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, known, chunks):
         seed = (run.config.run.seed * 1000 + round_) * 1000 + iteration
         rng = np.random.default_rng(seed)
         chosen = draw_problems(config, problems, seen, rng)
-        rollouts = roll_out(run, _policy_of(state.params), prm, chosen, tests, seed=seed)
+        params = lora.combine(state.params, frozen)
+        rollouts = roll_out(run, _policy_of(params), prm, chosen, tests, seed=seed)
         alpha = alpha_at(run, iteration)
-        reference = policy if config.reference == 'start' else _policy_of(state.params)
-        learnt = _learn(run, update, state, reference, rollouts, alpha, iteration, rng)
+        reference = policy if config.reference == 'start' else _policy_of(params)
+        learnt = _learn(run, update, state, params, reference, rollouts, alpha, iteration, rng)
         state, scalars, more = learnt
         version = round_ * config.iterations + iteration
         seen += _record(run, chunks, iteration, rollouts, name, version)
@@ -122,7 +131,7 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, known, chunks):
         saves.save(iteration + 1, state, {'last': last, 'tokens': tokens, 'broken': broken})
         stop.agree(wait=True)
         stop.check()
-  return _policy_of(state.params), last, tokens
+  return _policy_of(lora.combine(state.params, frozen)), last, tokens
 
 
 def alpha_at(run: Run, iteration: int) -> float:
@@ -197,16 +206,20 @@ def _values(model, critic, params, batch):
   return _value_fn(model, critic)(params['critic'], hidden, batch)
 
 
+def _over(update: Callable, frozen: Any, state: Any, batch: Any):
+  return update(state, batch, frozen)
+
+
 def _read(of: Callable[..., jax.Array], *args: Any) -> np.ndarray:
   """What a model says of the rows of the last argument, a host batch spread over the mesh."""
   return fetch(of(*args[:-1], spread(args[-1])))
 
 
-def _learn(run: Run, update, state, reference, rollouts: Rollouts, alpha, iteration, rng):
+def _learn(run: Run, update, state, params, reference, rollouts: Rollouts, alpha, iteration, rng):
   """The updates of one iteration: the state, the last metrics, how many were not finite."""
   config = run.config.rl
   rows = batch_sharding(run.bench.mesh)
-  batches = _minibatches(run, state, reference, rollouts, alpha, iteration, rng)
+  batches = _minibatches(run, params, reference, rollouts, alpha, iteration, rng)
   placed = (shard(batch, rows) for batch in batches)
   state, scalars, broken = run_updates(update, state, placed, max_kl=config.max_kl or None)
   wanted = ('loss', 'grad_norm', 'skipped', 'clip_fraction', 'old_kl', 'accuracy', 'margin')
@@ -217,7 +230,7 @@ def _learn(run: Run, update, state, reference, rollouts: Rollouts, alpha, iterat
   return state, {k: scalars[k] for k in wanted if k in scalars}, broken
 
 
-def _minibatches(run: Run, state, reference, rollouts: Rollouts, alpha, iteration, rng):
+def _minibatches(run: Run, params, reference, rollouts: Rollouts, alpha, iteration, rng):
   config = run.config.rl
   size = config.minibatch
   if config.algorithm == 'dpo':
@@ -225,8 +238,10 @@ def _minibatches(run: Run, state, reference, rollouts: Rollouts, alpha, iteratio
     whole = pair_batch(config, rollouts, alpha, ref_logprobs, config.rows // 2)
     size = max(1, config.minibatch // 2)
   else:
-    whole = _rollout_batch(run, state, reference, rollouts, alpha, iteration)
+    whole = _rollout_batch(run, params, reference, rollouts, alpha, iteration)
   count = len(jax.tree.leaves(whole)[0])
+  ways = run.bench.mesh.shape['data'] * run.bench.mesh.shape['fsdp']
+  size = min(size, max(count // ways, 1) * ways)  # fewer problems than asked for have tests
   for _ in range(config.epochs):
     order = rng.permutation(count)
     for start in range(0, count - size + 1, size):
@@ -235,7 +250,7 @@ def _minibatches(run: Run, state, reference, rollouts: Rollouts, alpha, iteratio
 
 
 def _rollout_batch(
-  run: Run, state, reference, rollouts: Rollouts, alpha, iteration
+  run: Run, params, reference, rollouts: Rollouts, alpha, iteration
 ) -> RolloutBatch:
   """The iteration's batch, with what the configured loss reads of the models."""
   config = run.config.rl
@@ -245,10 +260,10 @@ def _rollout_batch(
   if config.kl_coef:
     args['ref_logprobs'] = _read(_logprobs, run.model, reference, views)
   if config.importance_cap:
-    args['now_logprobs'] = _read(_logprobs, run.model, _policy_of(state.params), views)
+    args['now_logprobs'] = _read(_logprobs, run.model, _policy_of(params), views)
   values = None
   if config.algorithm == 'ppo':
-    values = _read(_values, run.model, config.critic, state.params, views)
+    values = _read(_values, run.model, config.critic, params, views)
   return rollout_batch(config, rollouts, alpha, values=values, **args)
 
 
@@ -294,39 +309,3 @@ def _summary(run: Run, rollouts: Rollouts, alpha: float) -> dict[str, float]:
     'path_tokens': rollouts.sampled_tokens / len(rollouts.paths),
     'masked': float((1.0 - rollouts.valid).sum()),
   }
-
-
-def expert_iteration(
-  run: Run, policy: Any, found: Sequence[Trajectory], tokens: int, *, seed: int
-) -> Any:
-  """The control of round 0's RL: SFT on verified samples, with as many sampled tokens.
-
-  Samples come from the policy that RL started from, the same number for every problem; SFT starts
-  from it too, takes as many updates as RL if those are more than it takes by itself, and also sees
-  the verified paths that its own SFT saw.
-  """
-  name = 'expert_iteration/rl'
-  store, config = run.bench.store, run.config
-
-  def body() -> dict[str, Any]:
-    drawn: list[Trajectory] = []
-    spent = 0
-    draw = sampler(run, Drawing(config.rl.temperature), config.search.rows)
-    problems = run.known_problems(0)
-    prompts = [run.encoder.prompt(p) for p in problems]
-    while spent < tokens:  # one path a problem and pass
-      batch = draw(policy, prompts, seed=seed + spent, ids=name_ids(problems))
-      spent += batch.generated
-      paths = [run.encoder.steps_of(batch.ids(i)) for i in range(len(problems))]
-      drawn += as_trajectories(run, problems, paths, origin=name, version=0)
-    limit = config.policy_sft.max_paths_per_problem
-    documents = verified_documents(run, [*found, *drawn], limit=limit, seed=seed)
-    data = batches(pack(documents, run.row_tokens), batch=config.policy_sft.optim.batch, seed=seed)
-    optim = config.policy_sft.optim
-    optim = optim.model_copy(update={'steps': max(optim.steps, config.rl.updates)})
-    trained, _ = fit(run.bench, name, 'sft', run.model, policy, sft_loss(run.model), data, optim)
-    store.save_params(name, 'policy', trained)
-    return {'sampled_tokens': spent} | brief(run, trained, seed=seed)
-
-  run.stage(name, 'control: SFT on verified samples, no RL', body)
-  return run.load_params(name, 'policy')

@@ -51,8 +51,9 @@ def draw_problems(
   seen: Iterable[Trajectory],
   rng: np.random.Generator,
 ) -> list[Problem]:
-  """`rl.problems` different ones, all alike or with `rl.prioritised` by their latest success.
+  """`rl.problems` different ones, or all of fewer.
 
+  All have the same chance, or with `rl.prioritised` one that falls with their latest success.
   `seen` are roll-outs in the order of their making; those of one problem, origin and policy
   belong together, and the last of them count. One that was never tried counts as failed.
   """
@@ -66,7 +67,8 @@ def draw_problems(
       groups[t.problem_id][1].append(t.accepted)
     solved = [np.mean(groups[p.id][1]) if p.id in groups else 0.0 for p in problems]
     weights += SOLVED_WEIGHT - np.array(solved)
-  picked = rng.choice(len(problems), config.problems, replace=False, p=weights / weights.sum())
+  count = min(config.problems, len(problems))
+  picked = rng.choice(len(problems), count, replace=False, p=weights / weights.sum())
   return [problems[i] for i in picked]
 
 

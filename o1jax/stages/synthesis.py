@@ -216,7 +216,7 @@ def guided(run: Run, children: int, pick_temperature: float = 0.0) -> Guided:
     step_ids(run),
     how=drawing(run),
     children=children,
-    max_step=24,
+    max_step=run.config.search.max_step_tokens,
     max_program=run.config.data.max_path_tokens,
     max_depth=run.config.search.depth_limit,
     pick_temperature=pick_temperature,
