@@ -25,6 +25,7 @@ FREE_KEYS = (
   'run.checkpoint_every_s',
   'run.log_every',
   'mesh',
+  'distributed',
   'sandbox.workers',
   'sandbox.url',
   'metrics',
@@ -94,6 +95,31 @@ class MeshConfig(Section):
     filled = tuple(axis for axis, size in sizes.items() if size == -1)
     if len(filled) > 1:
       yield filled, f'mesh has -1 on {" and ".join(filled)}; leave it on one axis'
+
+
+class DistributedConfig(Section):
+  """The other processes of a run over several hosts; see `parallel/join.py`.
+
+  On TPU pods, under SLURM and under Open MPI nothing is to be set. Elsewhere each process is told
+  the three here, or in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+  """
+
+  coordinator: str | None = None  # host:port of process 0
+  num_processes: Count | None = None
+  process_id: Natural | None = None  # from 0; each process its own
+  detect: bool = True  # look for a TPU pod, SLURM or Open MPI where nothing is given
+  heartbeat_timeout_s: Count = 60  # a process unheard of for so long ends the run, and says who
+  join_timeout_s: Count = 300  # until all processes are there
+
+  def relations(self) -> Iterator[Relation]:
+    """An address has a port, and the id is one of those there are."""
+    if self.coordinator is not None and not self.coordinator.rpartition(':')[2].isdigit():
+      text = f'distributed.coordinator={self.coordinator!r} has no port'
+      yield ('coordinator',), f'{text}; use host:port, the same on every process'
+    if None not in (self.num_processes, self.process_id) and self.process_id >= self.num_processes:
+      text = f'distributed.process_id={self.process_id} is none of num_processes'
+      keys = ('process_id', 'num_processes')
+      yield keys, f'{text}={self.num_processes}; use 0 to {self.num_processes - 1}'
 
 
 class ModelSection(Section):
@@ -205,6 +231,9 @@ class PrmConfig(Section):
   """The process reward model."""
 
   optim: OptimConfig = OptimConfig(lr=1e-3, steps=200, batch=32)
+  # Roll-outs of the fine-tuned policy for each problem of the round, to learn from beside those of
+  # search: they hold the mistakes it still makes, and solve more than the policy that searched.
+  samples: Natural = 0
   mode: Literal['pointwise', 'pairwise', 'both'] = 'both'
   # What a roll-out is worth to its steps: 1 if its program passes every test, else 0 (accepted), or
   # search's terminal reward, in which a wrong program that passes most tests is worth most.
@@ -232,6 +261,9 @@ class RlConfig(Section):
   algorithm: Literal['ppo', 'grpo', 'dpo'] = 'grpo'
   iterations: Count = 24
   problems: Count = 48  # of one iteration
+  # Draw problems the oftener the more of their latest roll-outs failed, not all alike: a group that
+  # succeeds as a whole teaches nothing (arXiv 2501.12599, sec. 2.3.4).
+  prioritised: bool = False
   group: Count = 8  # rollouts of one problem
   minibatch: Count = 96  # rows of one update
   epochs: Count = 1  # passes over an iteration's rollouts
@@ -261,6 +293,9 @@ class RlConfig(Section):
   tau_fail: float = 0.0
   negative_scale: NonNegative = 1.0  # multiplies negative advantages
   imitation_coef: NonNegative = 0.0  # NLL of verified rollouts
+  # Updates of an iteration, behind those on its rollouts, on the verified paths of the whole run
+  # and of all iterations so far, as policy_sft makes them (self-imitation, arXiv 1806.05635).
+  replay: Natural = 0
   gae_lambda: Share = 0.95
   gae: Literal['token', 'step'] = 'token'  # what lambda counts ('ppo')
   critic: Literal['policy', 'own'] = 'policy'  # the trunk of the critic's head ('ppo')
@@ -281,13 +316,18 @@ class RlConfig(Section):
     return self.problems * self.group
 
   @property
+  def updates(self) -> int:
+    """Updates of the whole stage."""
+    return self.iterations * (self.epochs * (self.rows // self.minibatch) + self.replay)
+
+  @property
   def optim(self) -> OptimConfig:
     """The optimiser of the whole stage, counted in updates."""
     return OptimConfig(
       lr=self.lr,
       schedule=self.schedule,
       warmup=self.warmup,
-      steps=self.iterations * self.epochs * (self.rows // self.minibatch),
+      steps=self.updates,
       batch=self.minibatch,
       weight_decay=self.weight_decay,
       clip=self.grad_clip,
@@ -300,12 +340,10 @@ class RlConfig(Section):
       near = min(divisors, key=lambda n: abs(n - self.minibatch))
       text = f'rl.minibatch={self.minibatch} does not divide rl.problems*rl.group={self.rows}'
       yield ('minibatch', 'problems', 'group'), f'{text}; use {near}'
-    else:
-      updates = self.iterations * self.epochs * (self.rows // self.minibatch)
-      if self.warmup >= updates:
-        text = f'rl.warmup={self.warmup} leaves none of the {updates} updates'
-        keys = ('warmup', 'iterations', 'epochs', 'minibatch', 'problems', 'group')
-        yield keys, f'{text}; use at most {updates - 1}'
+    elif self.warmup >= self.updates:
+      text = f'rl.warmup={self.warmup} leaves none of the {self.updates} updates'
+      keys = ('warmup', 'iterations', 'epochs', 'minibatch', 'problems', 'group', 'replay')
+      yield keys, f'{text}; use at most {self.updates - 1}'
     if self.algorithm in ('grpo', 'dpo') and self.group < 2:
       text = f'rl.group={self.group} has nothing to compare within a problem'
       yield ('group', 'algorithm'), f"{text}; use 2 or more, or rl.algorithm='ppo'"
@@ -409,6 +447,7 @@ class Config(Section):
 
   run: RunConfig = RunConfig()
   mesh: MeshConfig = MeshConfig()
+  distributed: DistributedConfig = DistributedConfig()
   model: ModelSection = ModelSection()
   data: DataConfig = DataConfig()
   tcg: TcgConfig = TcgConfig()

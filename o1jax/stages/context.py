@@ -16,8 +16,9 @@ from o1jax.data.paths import PathEncoder
 from o1jax.data.tokens import Tokenizer
 from o1jax.models import lora
 from o1jax.models.transformer import Model
-from o1jax.parallel.sharding import param_shardings, shard
-from o1jax.run import files
+from o1jax.parallel import distributed
+from o1jax.parallel.sharding import param_shardings, replicated, shard
+from o1jax.run import files, stop
 from o1jax.run.metrics import Metrics
 from o1jax.run.progress import Progress
 from o1jax.run.store import Store
@@ -93,11 +94,23 @@ class Run:
     self.bench.store.save_params(stage, name, lora.detached(params))
 
   def load(self, stage: str, name: str) -> Any:
-    """What `save` kept, adapters over the arrays of `base`; raises FileNotFoundError."""
-    params = lora.attached(self.base, self.bench.store.load_params(stage, name))
+    """What `save` kept, over the mesh, adapters over the arrays of `base`.
+
+    Raises:
+      FileNotFoundError: nothing was kept by that name.
+    """
+    mesh = self.bench.mesh
+
+    def placed(saved):
+      if lora.is_detached(saved):  # factors alone: small, and laid out with the whole below
+        return jax.tree.map(lambda _: replicated(mesh), saved)
+      return param_shardings(mesh, self.model, saved)
+
+    saved = self.bench.store.load_params(stage, name, placed if mesh.size > 1 else None)
+    params = lora.attached(self.base, saved)
     if not lora.is_adapted(params):
       return params
-    return shard(params, param_shardings(self.bench.mesh, self.model, params))
+    return shard(params, param_shardings(mesh, self.model, params))
 
   def stage(self, name: str, text: str, body: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of stage `name`, from its marker or by running `body`.
@@ -116,10 +129,13 @@ class Run:
     if name.rsplit('/', 1)[-1] not in self.wanted:
       raise NotAsked(f'stopped before {name}: it is not finished and not in --stages')
     self.bench.progress.stage(name, text)
+    stop.pause()
     with timed() as clock:
       result = body()
     result = result | {'seconds': round(clock(), 2)}
     store.finish(name, result)
+    if distributed.count() > 1:
+      result = store.done(name)  # as the first process, whose clock and record these are, has it
     shown = {k: v for k, v in result.items() if isinstance(v, int | float | str)}
     told = ', '.join(
       f'{k} {v:.3g}' if isinstance(v, float) else f'{k} {v}' for k, v in shown.items()
@@ -129,6 +145,9 @@ class Run:
 
   def seconds(self) -> dict[str, float]:
     """Wall seconds of every finished stage."""
+    return distributed.from_first(self._seconds)
+
+  def _seconds(self) -> dict[str, float]:
     folder = self.bench.store.dir / 'stages'
     found = {}
     for marker in sorted(folder.rglob('done.json'), key=lambda path: path.stat().st_mtime):
@@ -137,8 +156,9 @@ class Run:
     return found
 
   def write_summary(self, summary: dict[str, Any]) -> None:
-    """Writes `summary.json` into the run's folder, in one move."""
-    files.write_json(self.bench.store.dir / 'summary.json', summary)
+    """Writes `summary.json` into the run's folder, in one move; process 0 does."""
+    if distributed.is_first():
+      files.write_json(self.bench.store.dir / 'summary.json', summary)
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from o1jax.learn import prm_metrics
 from o1jax.learn.objectives import prm_loss, step_scores
 from o1jax.models import lora
 from o1jax.models.heads import StepHead, TokenHead
+from o1jax.parallel.distributed import fetch
+from o1jax.parallel.sharding import spread
 from o1jax.sampling.draw import SAMPLE
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import name_ids, sampler
@@ -116,7 +118,7 @@ def score_paths(
   for start in range(0, len(paths), shape.rows):
     part = list(zip(problems, paths, strict=True))[start : start + shape.rows]
     batch = _plain_batch(run, shape, part)
-    scores = np.asarray(_scores(run.model, prm, batch))
+    scores = fetch(_scores(run.model, prm, spread(batch)))
     out += [scores[i, : len(path)].tolist() for i, (_, path) in enumerate(part)]
   return out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,15 +27,15 @@ from o1jax.learn.state import init_state
 from o1jax.learn.update import make_update, run_updates
 from o1jax.models import lora
 from o1jax.models.heads import ScalarHead
-from o1jax.parallel.sharding import batch_sharding, shard
+from o1jax.parallel.distributed import fetch
+from o1jax.parallel.sharding import batch_sharding, shard, spread
 from o1jax.run.stop import deferred
-from o1jax.sampling.draw import Drawing
 from o1jax.stages.context import Run
-from o1jax.stages.evaluate import brief, name_ids, sampler
-from o1jax.stages.fit import fit, optimizer, over_frozen, place, stop_if_broken
+from o1jax.stages.evaluate import brief
+from o1jax.stages.fit import optimizer, over_frozen, place, stop_if_broken
 from o1jax.stages.pairs import pair_batch
 from o1jax.stages.policy_sft import verified_documents
-from o1jax.stages.rollouts import KL, Rollouts, aggregate, roll_out, rollout_batch
+from o1jax.stages.rollouts import KL, Rollouts, aggregate, draw_problems, roll_out, rollout_batch
 from o1jax.stages.synthesis import as_trajectories
 from o1jax.types import TestCase, Trajectory
 
@@ -46,8 +46,12 @@ def improve_policy(
   policy: Any,
   prm: Any,
   tests: Mapping[str, tuple[TestCase, ...]],
+  known: Sequence[Trajectory],
 ) -> tuple[Any, list[Trajectory]]:
-  """The policy after RL, and every rollout of it, judged by the problems' own tests."""
+  """The policy after RL, and every rollout of it, judged by the problems' own tests.
+
+  `known` are the roll-outs of the run so far, whose verified paths `rl.replay` trains on.
+  """
   name = f'round{round_}/rl'
   store = run.bench.store
   chunks = store.chunks(name, 'trajectories')
@@ -56,7 +60,7 @@ def improve_policy(
     judged = _judged(run, round_, tests)
     trained, last, tokens = policy, {}, 0
     if judged:
-      trained, last, tokens = _train(run, name, round_, policy, prm, judged, chunks)
+      trained, last, tokens = _train(run, name, round_, policy, prm, judged, known, chunks)
     else:
       run.bench.progress.say(
         f'{name}: skipped: no training problem has confirmed tests; raise tcg.samples, or set '
@@ -84,15 +88,17 @@ def _judged(run: Run, round_: int, tests) -> dict[str, tuple[TestCase, ...]]:
   return judged
 
 
-def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
+def _train(run: Run, name: str, round_: int, policy, prm, tests, known, chunks):
   config, bench = run.config.rl, run.bench
   problems = [p for p in run.known_problems(round_) if p.id in tests]
   loss_fn, start = _loss(run, policy)
   tx = optimizer(config.optim)
   trained, frozen = lora.partition(start)
   state = init_state(trained, tx)
-  step = make_update(over_frozen(loss_fn), tx)
-  update = lambda state, batch: step(state, batch, frozen)  # noqa: E731
+  update, imitate = (
+    functools.partial(_over, make_update(over_frozen(loss), tx), frozen)
+    for loss in (loss_fn, _imitation(run.model))
+  )
   label, last, tokens, broken = f'{name}/policy', {}, 0, 0
   with deferred() as stop, bench.store.checkpoints(name, 'policy') as saves:
     found = saves.restore(state)
@@ -101,25 +107,29 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
       begin, state, meta = found
       last, tokens, broken = meta['last'], meta['tokens'], meta.get('broken', 0)
     bench.metrics.begin(label, after=begin)
+    seen = [*known, *map(stepwise.from_row, chunks.rows(before=begin))]
     with bench.progress.bar(label, config.iterations, begin) as bar:
       for iteration in range(begin, config.iterations):
         seed = (run.config.run.seed * 1000 + round_) * 1000 + iteration
         rng = np.random.default_rng(seed)
-        chosen = [problems[i] for i in rng.permutation(len(problems))[: config.problems]]
+        chosen = draw_problems(config, problems, seen, rng)
         params = lora.combine(state.params, frozen)
         rollouts = roll_out(run, _policy_of(params), prm, chosen, tests, seed=seed)
         alpha = alpha_at(run, iteration)
         reference = policy if config.reference == 'start' else _policy_of(params)
         learnt = _learn(run, update, state, params, reference, rollouts, alpha, iteration, rng)
         state, scalars, more = learnt
-        broken += more
+        version = round_ * config.iterations + iteration
+        seen += _record(run, chunks, iteration, rollouts, name, version)
+        state, again = _replay(run, imitate, state, seen, seed)
+        broken += more + again
         stop_if_broken(label, broken)
-        _record(run, chunks, iteration, rollouts, name, round_ * config.iterations + iteration)
         tokens += rollouts.sampled_tokens
         last = _summary(run, rollouts, alpha) | scalars
         bench.metrics.write(label, iteration + 1, last)
         bar.update(iteration + 1, f'outcome {last["outcome"]:.3f}')
         saves.save(iteration + 1, state, {'last': last, 'tokens': tokens, 'broken': broken})
+        stop.agree(wait=True)
         stop.check()
   return _policy_of(lora.combine(state.params, frozen)), last, tokens
 
@@ -196,6 +206,15 @@ def _values(model, critic, params, batch):
   return _value_fn(model, critic)(params['critic'], hidden, batch)
 
 
+def _over(update: Callable, frozen: Any, state: Any, batch: Any):
+  return update(state, batch, frozen)
+
+
+def _read(of: Callable[..., jax.Array], *args: Any) -> np.ndarray:
+  """What a model says of the rows of the last argument, a host batch spread over the mesh."""
+  return fetch(of(*args[:-1], spread(args[-1])))
+
+
 def _learn(run: Run, update, state, params, reference, rollouts: Rollouts, alpha, iteration, rng):
   """The updates of one iteration: the state, the last metrics, how many were not finite."""
   config = run.config.rl
@@ -215,7 +234,7 @@ def _minibatches(run: Run, params, reference, rollouts: Rollouts, alpha, iterati
   config = run.config.rl
   size = config.minibatch
   if config.algorithm == 'dpo':
-    ref_logprobs = lambda side: np.asarray(_logprobs(run.model, reference, side))  # noqa: E731
+    ref_logprobs = lambda side: _read(_logprobs, run.model, reference, side)  # noqa: E731
     whole = pair_batch(config, rollouts, alpha, ref_logprobs, config.rows // 2)
     size = max(1, config.minibatch // 2)
   else:
@@ -239,21 +258,44 @@ def _rollout_batch(
   plain = rollout_batch(config, rollouts, alpha, values=None, **args)
   views = TokenBatch(plain.tokens, plain.positions, plain.segments, plain.mask)
   if config.kl_coef:
-    args['ref_logprobs'] = np.asarray(_logprobs(run.model, reference, views))
+    args['ref_logprobs'] = _read(_logprobs, run.model, reference, views)
   if config.importance_cap:
-    now = _logprobs(run.model, _policy_of(params), views)
-    args['now_logprobs'] = np.asarray(now)
+    args['now_logprobs'] = _read(_logprobs, run.model, _policy_of(params), views)
   values = None
   if config.algorithm == 'ppo':
-    values = np.asarray(_values(run.model, config.critic, params, views))
+    values = _read(_values, run.model, config.critic, params, views)
   return rollout_batch(config, rollouts, alpha, values=values, **args)
 
 
-def _record(run: Run, chunks, iteration: int, rollouts: Rollouts, origin: str, version: int):
+def _imitation(model: Any):
+  """SFT on the policy within what the configured loss trains."""
+  loss = sft_loss(model)
+  return lambda params, batch: loss(_policy_of(params), batch)
+
+
+def _replay(run: Run, update, state, seen: Sequence[Trajectory], seed: int):
+  """`rl.replay` updates on the verified paths so far: the state, how many were not finite."""
+  config = run.config
+  limit = config.policy_sft.max_paths_per_problem
+  documents = verified_documents(run, seen, limit=limit, seed=seed) if config.rl.replay else []
+  if not documents:
+    return state, 0
+  batch = config.policy_sft.optim.batch
+  data = batches(pack(documents, run.row_tokens), batch=batch, seed=seed)
+  rows = batch_sharding(run.bench.mesh)
+  placed = (shard(data[i], rows) for i in range(config.rl.replay))
+  state, _, broken = run_updates(update, state, placed)
+  return state, broken
+
+
+def _record(
+  run: Run, chunks, iteration: int, rollouts: Rollouts, origin: str, version: int
+) -> list[Trajectory]:
   """Keeps the iteration's rollouts in the open format, judged by the problems' own tests."""
   found = as_trajectories(run, rollouts.problems, rollouts.paths, origin=origin, version=version)
   prompts = {p.id: steps_lib.prompt_of(p.statement) for p in rollouts.problems}
   chunks.write(iteration, [stepwise.to_row(t, prompts[t.problem_id]) for t in found])
+  return found
 
 
 def _summary(run: Run, rollouts: Rollouts, alpha: float) -> dict[str, float]:
@@ -267,41 +309,3 @@ def _summary(run: Run, rollouts: Rollouts, alpha: float) -> dict[str, float]:
     'path_tokens': rollouts.sampled_tokens / len(rollouts.paths),
     'masked': float((1.0 - rollouts.valid).sum()),
   }
-
-
-def expert_iteration(
-  run: Run, policy: Any, found: Sequence[Trajectory], tokens: int, *, seed: int
-) -> Any:
-  """The control of round 0's RL: SFT on verified samples, with as many sampled tokens.
-
-  Samples come from the policy that RL started from; SFT starts from it too and also
-  sees the verified paths that its own SFT saw.
-  """
-  name = 'expert_iteration/rl'
-  config = run.config
-
-  def body() -> dict[str, Any]:
-    drawn: list[Trajectory] = []
-    spent = 0
-    draw = sampler(run, Drawing(config.rl.temperature), config.search.rows)
-    problems = run.known_problems(0)
-    prompts = [run.encoder.prompt(p) for p in problems]
-    while spent < tokens:  # one path a problem and pass
-      batch = draw(policy, prompts, seed=seed + spent, ids=name_ids(problems))
-      spent += batch.generated
-      paths = [run.encoder.steps_of(batch.ids(i)) for i in range(len(problems))]
-      drawn += as_trajectories(run, problems, paths, origin=name, version=0)
-    limit = config.policy_sft.max_paths_per_problem
-    documents = verified_documents(run, [*found, *drawn], limit=limit, seed=seed)
-    if not documents:
-      run.bench.progress.say(f'{name}: skipped: no program passed its tests; the policy stays')
-      run.save(name, 'policy', policy)
-      return {'sampled_tokens': spent} | brief(run, policy, seed=seed)
-    data = batches(pack(documents, run.row_tokens), batch=config.policy_sft.optim.batch, seed=seed)
-    optim = config.policy_sft.optim
-    trained, _ = fit(run.bench, name, 'sft', run.model, policy, sft_loss(run.model), data, optim)
-    run.save(name, 'policy', trained)
-    return {'sampled_tokens': spent} | brief(run, trained, seed=seed)
-
-  run.stage(name, 'control: SFT on verified samples, no RL', body)
-  return run.load(name, 'policy')

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import psutil
+from jax.sharding import Mesh
 
 from o1jax.config import Config, ConfigError
 from o1jax.data.paths import PathEncoder
@@ -21,8 +22,11 @@ from o1jax.data.tokens import Tokenizer
 from o1jax.models import hf, lora, nf4
 from o1jax.models.backends import choose
 from o1jax.models.transformer import Model
+from o1jax.parallel import distributed
+from o1jax.parallel.join import join
 from o1jax.parallel.mesh import make_mesh, meshes_that_fit
 from o1jax.parallel.sharding import batch_faults, model_faults, param_shardings
+from o1jax.run import stop
 from o1jax.run.metrics import Metrics
 from o1jax.run.progress import Progress
 from o1jax.run.store import Store, check_folder
@@ -49,19 +53,23 @@ def opened(config: Config, wanted: Sequence[str], force: bool = False) -> Iterat
   Raises:
     ConfigError: with every fault of model, mesh, batches, problems and sandbox.
   """
-  mesh, model, tokenizer = _checked(config)
+  join(config.distributed)
+  mesh, model, tokenizer = distributed.together(lambda: _checked(config))
   with (
+    stop.noting(),
+    _ambient(mesh),
     Store(config, force) as store,
     Metrics(store.dir, config.metrics.tensorboard) as metrics,
-    _pool(config) as pool,
+    distributed.together(lambda: _pool(config)) as pool,
     _log_file(store.dir / 'run.log'),
   ):
     bench = Workbench(store, metrics, Progress(), mesh, config.run.log_every)
-    base = _base(config, mesh)
+    base = distributed.together(lambda: _base(config, mesh))
     encoder = PathEncoder(tokenizer)
-    splits = {name: read_split(config, name, encoder) for name in ('train', 'dev', 'test')}
+    splits = distributed.together(lambda: _splits(config, encoder))
+    hosts = f', {distributed.count()} processes' if distributed.count() > 1 else ''
     bench.progress.say(
-      f'sandbox tier {pool.tier}; {jax.device_count()} {jax.default_backend()} device'
+      f'sandbox tier {pool.tier}; {jax.device_count()} {jax.default_backend()} device{hosts}'
     )
     yield Run(
       config,
@@ -78,8 +86,9 @@ def opened(config: Config, wanted: Sequence[str], force: bool = False) -> Iterat
 
 def dry_run(config: Config, force: bool = False) -> None:
   """Checks files, shapes, memory and the sandbox, says what it found, and does nothing."""
-  check_folder(config, force)
-  mesh, model, tokenizer = _checked(config)
+  join(config.distributed)
+  distributed.from_first(lambda: check_folder(config, force))
+  mesh, model, tokenizer = distributed.together(lambda: _checked(config))
   read_split(config, 'dev', PathEncoder(tokenizer))
   progress = Progress()
   with _pool(config) as pool:
@@ -91,13 +100,30 @@ def dry_run(config: Config, force: bool = False) -> None:
     progress.say('dry run: all checks passed, nothing was written')
 
 
-def _base(config: Config, mesh) -> Any:
-  """Parameters of the base model; where roles share them, laid out over the mesh once for all."""
+@contextmanager
+def _ambient(mesh: Mesh) -> Iterator[None]:
+  """Sampling, search and scoring over the mesh; one device goes without."""
+  if mesh.size == 1:
+    yield
+    return
+  with jax.set_mesh(mesh):
+    yield
+
+
+def _base(config: Config, mesh: Mesh) -> Any:
+  """The base model's parameters over the mesh; each device reads its own slices.
+
+  Where roles share them they are laid out over a mesh of one device too, once for all.
+  """
   place = None
-  if config.lora.used:
+  if mesh.size > 1 or config.lora.used:
     place = lambda model: param_shardings(mesh, model, model.shapes())  # noqa: E731
   _, base = hf.load(model_folder(config), place, dtype=config.model.dtype)
   return lora.quantised(base) if config.lora.base == 'nf4' else base
+
+
+def _splits(config: Config, encoder: PathEncoder) -> dict[str, tuple[Problem, ...]]:
+  return {name: read_split(config, name, encoder) for name in ('train', 'dev', 'test')}
 
 
 def step_bytes(config: Config, model: Model) -> int:
@@ -142,10 +168,14 @@ def state_bytes(config: Config, model: Model) -> int:
 def _log_file(path: pathlib.Path) -> Iterator[None]:
   """What the project logs while the run is open, the sandbox's tier at every batch included.
 
-  Everything goes into the file, warnings to stderr as well.
+  Everything goes into the file, warnings to stderr as well; of several processes, those of the
+  others go to their stderr alone.
   """
   logger = logging.getLogger('o1jax')
-  file, stderr = logging.FileHandler(path, encoding='utf-8'), logging.StreamHandler()
+  stderr = logging.StreamHandler()
+  file = (
+    logging.FileHandler(path, encoding='utf-8') if distributed.is_first() else logging.NullHandler()
+  )
   file.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
   stderr.setLevel(logging.WARNING)
   before = logger.level, logger.propagate

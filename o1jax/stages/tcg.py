@@ -23,8 +23,10 @@ from o1jax.data.steps import program_step
 from o1jax.learn.logprobs import sequence_logprobs
 from o1jax.learn.objectives import dpo_loss, sft_loss
 from o1jax.models.transformer import Model
+from o1jax.parallel.distributed import fetch
+from o1jax.parallel.sharding import ambient_ways, spread
 from o1jax.sampling.draw import GREEDY, Drawing
-from o1jax.sampling.sampler import Sampler
+from o1jax.sampling.sampler import Sampler, round_up
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import interval, name_ids
 from o1jax.stages.execute import Executor
@@ -224,12 +226,12 @@ def draw_pairs(run: Run, reference: Any, parts: Sequence[test_parts.Part]) -> Pa
 
 def reference_logprobs(model: Model, params: Any, rows: TokenBatch) -> np.ndarray:
   """Summed log-prob of each row's answer, [N] float32, computed in blocks of one shape."""
-  count = len(rows.tokens)
+  count, size = len(rows.tokens), round_up(_REFERENCE_ROWS, ambient_ways())
   found = []
-  for first in range(0, count, _REFERENCE_ROWS):
-    index = np.minimum(np.arange(first, first + _REFERENCE_ROWS), count - 1)
+  for first in range(0, count, size):
+    index = np.minimum(np.arange(first, first + size), count - 1)
     block = jax.tree.map(lambda x, index=index: x[index], rows)
-    found.append(np.asarray(_logprobs(model, params, block)))
+    found.append(fetch(_logprobs(model, params, spread(block))))
   return np.concatenate(found)[:count] if found else np.zeros(0, np.float32)
 
 
