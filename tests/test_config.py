@@ -101,6 +101,15 @@ def test_relation_names_values_and_remedy(write):
   assert config_lib.load(write('rl: {minibatch: 128}')).rl.optim.steps == 24 * 3
 
 
+def test_search_settings_of_trees_are_not_set_for_descents(write):
+  (fault,) = faults(write('search: {mix: 0.5}'))
+  assert fault.startswith("search.mix=0.5 has no meaning with search.rule='guided'")
+  (fault,) = faults(write('search: {most_children: 4}'))
+  assert 'leaves no room above search.children=4' in fault
+  found = config_lib.load(write('search: {rule: gumbel, mix: 0.5, most_children: 6}'))
+  assert found.search.rule == 'gumbel'
+
+
 def test_no_follow_up_faults_from_the_default_of_a_faulty_key(write):
   # With the default group of 8, 40 rows would not divide 12 problems * 8.
   found = faults(write('rl: {problems: 12, minibatch: 40, group: x}'))

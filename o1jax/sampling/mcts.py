@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from o1jax.models.transformer import Params
+from o1jax.sampling.forest import Forest, Rollout
 from o1jax.sampling.guided import StepIds
 from o1jax.sampling.paged import continue_paths, widest
 from o1jax.sampling.paths import Path, Paths, check_memory
@@ -43,46 +44,6 @@ from o1jax.search import (
 Evaluate = Callable[[Sequence[tuple[int, tuple[int, ...]]]], Sequence[float]]
 # (problem index, *steps of the path) -> process rewards in [0, 1] of the last steps.
 Score = Callable[[Sequence[Path]], Sequence[float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rollout:
-  """One sampled continuation of a leaf to its end."""
-
-  problem: int
-  leaf: int  # node it starts from
-  node: int  # node of its first step, UNVISITED if the tree had no room
-  depth: int  # steps of the leaf
-  prefix: tuple[int, ...]  # path tokens of the leaf
-  tokens: tuple[int, ...]  # sampled after it, end of document included
-  logprobs: tuple[float, ...]  # of those, untruncated at temperature 1
-  value: float  # return in [0, 1]; NaN: cut or masked, in no mean
-
-  @property
-  def path(self) -> tuple[int, ...]:
-    """All tokens after the prompt."""
-    return self.prefix + self.tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Forest:
-  """Searched trees (NumPy arrays), the path of every node, and what it cost."""
-
-  tree: SearchTree
-  paths: tuple[tuple[tuple[int, ...], ...], ...]  # [B][node] tokens after the prompt, root ()
-  rollouts: tuple[Rollout, ...]  # in order of simulation, problem, child
-  masked: np.ndarray  # [B, N] bool, nodes with a roll-out that the judge could not judge
-  generated: int  # tokens drawn
-  computed: int  # positions that went through the model: prompts, padding and dead rows too
-  read_again: int = 0  # tokens of prefixes that were read more than once
-  waited_s: float = 0.0  # seconds in which nothing was left to do but to wait for the judge
-  tree_s: float = 0.0  # seconds of selection, expansion and backup
-
-  def step(self, problem: int, node: int) -> tuple[int, ...]:
-    """Tokens of the node's own step; () for the root."""
-    parent = int(self.tree.parent[problem, node])
-    path = self.paths[problem][node]
-    return path[len(self.paths[problem][parent]) :] if node != ROOT else path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +182,7 @@ class _Growing:
     samples = self._continue(going, leaf)
     rollouts = self._rollouts(going, leaf, samples)
     steps = [self._first_step(r) for r in rollouts]
-    scores = self._scores(rollouts, steps, leaf)
+    scores = self._scores(rollouts, steps)
     started = time.perf_counter()
     new = self._children(going, rollouts, steps, scores)
     widen = search.allowed is not None
@@ -379,7 +340,7 @@ class _Growing:
     ]
     return [np.random.default_rng(name).gumbel() for name in names]
 
-  def _scores(self, rollouts: list[Rollout], steps, leaf: np.ndarray) -> np.ndarray:
+  def _scores(self, rollouts: list[Rollout], steps) -> np.ndarray:
     """Process rewards of the first steps, each distinct one asked for once."""
     if self.score is None:
       return np.zeros(len(rollouts), np.float32)
