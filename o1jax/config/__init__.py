@@ -7,8 +7,10 @@ from o1jax.config.sections import (
   Config,
   MeshConfig,
   OptimConfig,
+  PrmConfig,
   RlConfig,
   Section,
+  TcgConfig,
 )
 
 __all__ = [
@@ -18,8 +20,10 @@ __all__ = [
   'ConfigError',
   'MeshConfig',
   'OptimConfig',
+  'PrmConfig',
   'RlConfig',
   'Section',
+  'TcgConfig',
   'check',
   'closest',
   'diff',

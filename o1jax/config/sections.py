@@ -97,6 +97,8 @@ class ModelSection(Section):
 
   path: str = 'embedded'  # 'embedded' (o1jax/base_model), or a folder in the Hub's layout
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # of the computation
+  # Layers are computed again in the backward pass instead of kept: less memory, a third more work.
+  remat: bool = False
 
 
 class DataConfig(Section):

@@ -80,6 +80,11 @@ def target_logprobs_and_entropy(
   return target_logprobs(logits, targets), ppo.entropy(logits)
 
 
+def columns_at_once(model: Model, rows: int) -> int:
+  """Columns of so many rows whose logits take 64 MiB; at least one."""
+  return max(1, _LOGITS_AT_ONCE // (rows * model.config.vocab_size))
+
+
 def over_columns(
   model: Model,
   params: Any,
@@ -104,8 +109,7 @@ def over_columns(
   """
   states, targets = hidden[:, :-1], tokens[:, 1:]
   rows, columns, _ = states.shape
-  if chunk is None:
-    chunk = max(1, _LOGITS_AT_ONCE // (rows * model.config.vocab_size))
+  chunk = chunk or columns_at_once(model, rows)
 
   def piece(states, targets):
     return read(model.logits(params, states), targets)

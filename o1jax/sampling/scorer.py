@@ -60,7 +60,7 @@ class PrmScorer:
     for chunk in length_batches(steps, self.rows):
       tokens, mask = pad_steps([steps[i] for i in chunk], self.rows)
       where = np.pad(np.asarray(slots)[chunk], (0, self.rows - len(chunk)))
-      got = _score_steps(self.model, self.params, state, where, tokens, mask)
+      got = score_steps(self.model, self.params, state, where, tokens, mask)
       scores[chunk] = np.asarray(got)[: len(chunk)]
     return scores
 
@@ -70,7 +70,8 @@ class PrmScorer:
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def _score_steps(model: Model, params, state: DecodeState, slots, tokens, mask) -> jax.Array:
+def score_steps(model: Model, params, state: DecodeState, slots, tokens, mask) -> jax.Array:
+  """Log-odds [n] of the steps [n, t] after the rows `slots` [n] of the state."""
   state = gather_rows(state, slots)
   hidden, _ = extend(model, params['trunk'], state, tokens, mask)
   embeddings = model.embed(params['trunk'], tokens)

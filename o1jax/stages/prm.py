@@ -11,12 +11,15 @@ import jax
 import numpy as np
 
 from o1jax.batch import StepBatch
+from o1jax.config import PrmConfig
 from o1jax.data.pipeline import of_list
 from o1jax.data.prefix_tree import PrefixTree, by_problem
 from o1jax.data.step_batches import StepBatchShape, step_batches
 from o1jax.learn import prm_metrics
 from o1jax.learn.objectives import prm_loss, step_scores
+from o1jax.learn.update import LossFn
 from o1jax.models.heads import StepHead, TokenHead
+from o1jax.models.transformer import Model
 from o1jax.sampling.draw import SAMPLE
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import name_ids, sampler
@@ -44,6 +47,15 @@ def initial(run: Run, policy: Any) -> Any:
   return {'trunk': policy, 'head': TokenHead.init(run.model.output_rows(policy), good, bad)}
 
 
+def loss_of(model: Model, config: PrmConfig) -> LossFn:
+  """The point-wise, the pair-wise loss, or both."""
+  return prm_loss(
+    model,
+    pair_coef=config.pair_coef if config.mode != 'pointwise' else 0.0,
+    point_coef=0.0 if config.mode == 'pairwise' else 1.0,
+  )
+
+
 def train_prm(run: Run, round_: int, policy: Any, found: Sequence[Trajectory]) -> Any:
   """The PRM `{'trunk', 'head'}` of this round."""
   name = f'round{round_}/prm'
@@ -63,11 +75,7 @@ def train_prm(run: Run, round_: int, policy: Any, found: Sequence[Trajectory]) -
       margin=config.pair_margin,
       hard=config.labels == 'hard',
     )
-    loss = prm_loss(
-      run.model,
-      pair_coef=config.pair_coef if config.mode != 'pointwise' else 0.0,
-      point_coef=0.0 if config.mode == 'pairwise' else 1.0,
-    )
+    loss = loss_of(run.model, config)
     start = initial(run, policy)
     data = of_list(rows, seed=seed)
     trained, last = fit(run.bench, name, 'prm', run.model, start, loss, data, config.optim)
@@ -104,7 +112,8 @@ def accepted_returns(found: Iterable[Trajectory]) -> list[Trajectory]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _scores(model, params, batch: StepBatch) -> jax.Array:
+def batch_scores(model, params, batch: StepBatch) -> jax.Array:
+  """[B, M] log-odds of the steps of a batch."""
   return step_scores(model, params, batch)
 
 
@@ -117,7 +126,7 @@ def score_paths(
   for start in range(0, len(paths), shape.rows):
     part = list(zip(problems, paths, strict=True))[start : start + shape.rows]
     batch = _plain_batch(run, shape, part)
-    scores = np.asarray(_scores(run.model, prm, batch))
+    scores = np.asarray(batch_scores(run.model, prm, batch))
     out += [scores[i, : len(path)].tolist() for i, (_, path) in enumerate(part)]
   return out
 

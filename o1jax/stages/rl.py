@@ -11,6 +11,7 @@ import numpy as np
 
 from o1jax import rewards
 from o1jax.batch import RolloutBatch, TokenBatch
+from o1jax.config import RlConfig
 from o1jax.data import steps as steps_lib
 from o1jax.data import stepwise
 from o1jax.data.pack import pack
@@ -24,8 +25,9 @@ from o1jax.learn.objectives import (
   value_on_policy,
 )
 from o1jax.learn.state import init_state
-from o1jax.learn.update import make_update, run_updates
+from o1jax.learn.update import LossFn, make_update, run_updates
 from o1jax.models.heads import ScalarHead
+from o1jax.models.transformer import Model
 from o1jax.parallel.sharding import batch_sharding, shard
 from o1jax.run.stop import deferred
 from o1jax.sampling.draw import Drawing
@@ -75,7 +77,7 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
       f'rl.problems={config.problems}, but only {len(problems)} training problems have confirmed '
       'tests; lower it, raise tcg.samples, or set rl.own_tests=true'
     )
-  loss_fn, start = _loss(run, policy)
+  loss_fn, start = loss_of(run.model, config), _start(run, policy)
   tx = optimizer(config.optim)
   state = init_state(start, tx)
   update = make_update(loss_fn, tx)
@@ -122,13 +124,11 @@ def alpha_at(run: Run, iteration: int) -> float:
   return config.alpha_start
 
 
-def _loss(run: Run, policy: Any):
-  """The loss of the configured algorithm and what it trains."""
-  config = run.config.rl
-  start = place(run.bench, run.model, policy)
+def loss_of(model: Model, config: RlConfig) -> LossFn:
+  """The loss of the configured algorithm."""
   if config.algorithm == 'dpo':
-    loss = dpo_loss(
-      run.model,
+    return dpo_loss(
+      model,
       config.beta,
       nll=config.nll,
       preference=config.preference,
@@ -136,10 +136,8 @@ def _loss(run: Run, policy: Any):
       ipo=config.ipo,
       length_normalised=config.length_normalised,
     )
-    return loss, start
-  critic = config.algorithm == 'ppo'
-  loss = ppo_loss(
-    run.model,
+  return ppo_loss(
+    model,
     clip_low=config.clip,
     clip_high=config.clip,
     negative_scale=config.negative_scale,
@@ -147,10 +145,17 @@ def _loss(run: Run, policy: Any):
     kl=KL[config.kl_estimator],
     entropy_coef=config.entropy_coef,
     sequence_mean=config.loss_mean == 'sequence',
-    value_fn=_value_fn(run.model, config.critic) if critic else None,
+    value_fn=_value_fn(model, config.critic) if config.algorithm == 'ppo' else None,
     value_coef=config.value_coef,
   )
-  return loss, {'policy': start, 'critic': _critic(run, policy)} if critic else start
+
+
+def _start(run: Run, policy: Any) -> Any:
+  """What that loss trains, as it is before the first update."""
+  start = place(run.bench, run.model, policy)
+  return (
+    {'policy': start, 'critic': _critic(run, policy)} if run.config.rl.algorithm == 'ppo' else start
+  )
 
 
 def _critic(run: Run, policy: Any) -> Any:
@@ -171,12 +176,14 @@ def _policy_of(params: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logprobs(model, params, batch):
+def row_logprobs(model, params, batch):
+  """[B, T] log-probabilities of the tokens of a `TokenBatch`."""
   return token_logprobs(model, params, batch.tokens, batch.positions, batch.segments)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _values(model, critic, params, batch):
+def row_values(model, critic, params, batch):
+  """[B, T] values of PPO's critic, a head on the policy's trunk or on its own."""
   hidden = model.hidden(params['policy'], batch.tokens, batch.positions, batch.segments)
   return _value_fn(model, critic)(params['critic'], hidden, batch)
 
@@ -200,7 +207,7 @@ def _minibatches(run: Run, state, reference, rollouts: Rollouts, alpha, iteratio
   config = run.config.rl
   size = config.minibatch
   if config.algorithm == 'dpo':
-    ref_logprobs = lambda side: np.asarray(_logprobs(run.model, reference, side))  # noqa: E731
+    ref_logprobs = lambda side: np.asarray(row_logprobs(run.model, reference, side))  # noqa: E731
     whole = pair_batch(config, rollouts, alpha, ref_logprobs, config.rows // 2)
     size = max(1, config.minibatch // 2)
   else:
@@ -222,13 +229,13 @@ def _rollout_batch(
   plain = rollout_batch(config, rollouts, alpha, values=None, **args)
   views = TokenBatch(plain.tokens, plain.positions, plain.segments, plain.mask)
   if config.kl_coef:
-    args['ref_logprobs'] = np.asarray(_logprobs(run.model, reference, views))
+    args['ref_logprobs'] = np.asarray(row_logprobs(run.model, reference, views))
   if config.importance_cap:
-    now = _logprobs(run.model, _policy_of(state.params), views)
+    now = row_logprobs(run.model, _policy_of(state.params), views)
     args['now_logprobs'] = np.asarray(now)
   values = None
   if config.algorithm == 'ppo':
-    values = np.asarray(_values(run.model, config.critic, state.params, views))
+    values = np.asarray(row_values(run.model, config.critic, state.params, views))
   return rollout_batch(config, rollouts, alpha, values=values, **args)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import logging
 import pathlib
@@ -132,7 +133,7 @@ def _checked(config: Config):
   mesh = model = tokenizer = None
   folder = model_folder(config)
   try:
-    model = hf.read_model(folder)
+    model = dataclasses.replace(hf.read_model(folder), remat=config.model.remat)
     tokenizer = Tokenizer(folder)
     _ = tokenizer.step_end_id, tokenizer.action_ids
   except (ValueError, OSError) as error:

@@ -26,6 +26,7 @@ from o1jax.stages.evaluate import answer, name_ids, sampler, step_ids
 from o1jax.types import Problem, Step, Trajectory, Verdict
 
 CHUNK = 100  # problems searched between two saves
+MAX_STEP = 24  # tokens of one step of a guided descent, its program excepted
 
 
 def drawing(run: Run) -> Drawing:
@@ -193,7 +194,7 @@ def guided(run: Run, children: int, pick_temperature: float = 0.0) -> Guided:
     step_ids(run),
     how=drawing(run),
     children=children,
-    max_step=24,
+    max_step=MAX_STEP,
     max_program=run.config.data.max_path_tokens,
     max_depth=run.config.search.depth_limit,
     pick_temperature=pick_temperature,

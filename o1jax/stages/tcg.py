@@ -16,12 +16,14 @@ import jax
 import numpy as np
 
 from o1jax.batch import PairBatch, TokenBatch
+from o1jax.config import TcgConfig
 from o1jax.data import family, test_parts
 from o1jax.data.pack import Document, pack
 from o1jax.data.pipeline import batches
 from o1jax.data.steps import program_step
 from o1jax.learn.logprobs import sequence_logprobs
 from o1jax.learn.objectives import dpo_loss, sft_loss
+from o1jax.learn.update import LossFn
 from o1jax.models.transformer import Model
 from o1jax.sampling.draw import GREEDY, Drawing
 from o1jax.sampling.sampler import Sampler
@@ -244,20 +246,24 @@ def _fit_sft(run: Run, documents: Sequence[Document]) -> Any:
   return fit(run.bench, STAGE, 'sft', run.model, run.base, loss, data, config.sft)[0]
 
 
-def _fit_pairs(run: Run, name: str, start: Any, pairs: PairBatch, *, preference: float) -> Any:
-  """DPO, or with `preference` 0 its control, which has nothing but the NLL term."""
-  config = run.config.tcg
-  data = batches(pairs, batch=config.dpo.batch, seed=run.config.run.seed)
-  nll = config.nll if preference else 1.0
-  loss = dpo_loss(
-    run.model,
+def pair_loss(model: Model, config: TcgConfig, preference: float) -> LossFn:
+  """DPO's loss, or with `preference` 0 that of its control."""
+  return dpo_loss(
+    model,
     config.beta,
-    nll=nll,
+    nll=config.nll if preference else 1.0,
     preference=preference,
     label_smoothing=config.label_smoothing,
     ipo=config.ipo,
     length_normalised=config.length_normalised,
   )
+
+
+def _fit_pairs(run: Run, name: str, start: Any, pairs: PairBatch, *, preference: float) -> Any:
+  """DPO, or with `preference` 0 its control, which has nothing but the NLL term."""
+  config = run.config.tcg
+  data = batches(pairs, batch=config.dpo.batch, seed=run.config.run.seed)
+  loss = pair_loss(run.model, config, preference)
   return fit(run.bench, STAGE, name, run.model, start, loss, data, config.dpo)[0]
 
 
