@@ -44,13 +44,25 @@ def main(
   except ConfigError as error:
     print(error, file=sys.stderr)
     return 2
+  except Exception as error:
+    if stop.alone():
+      raise
+    _leave(1, error)
   except KeyboardInterrupt as error:
     signum = getattr(error, 'signum', signal.SIGINT)
     word = 'terminated' if signum == signal.SIGTERM else 'interrupted'
     command = shlex.join([sys.executable, *sys.orig_argv[1:]])
     print(f'\n{word}; the same command goes on from here:\n  {command}', file=sys.stderr)
+    if not stop.alone():
+      _leave(stop.exit_code(signum))
     return stop.exit_code(signum)
   return 0
+
+
+def _leave(code: int, error: Exception | None = None) -> None:
+  from o1jax.parallel import distributed
+
+  distributed.leave(code, error)
 
 
 def restart_with_huge_pages() -> None:

@@ -24,6 +24,7 @@ FREE_KEYS = (
   'run.checkpoint_every_s',
   'run.log_every',
   'mesh',
+  'distributed',
   'sandbox.workers',
   'sandbox.url',
   'metrics',
@@ -90,6 +91,31 @@ class MeshConfig(Section):
     filled = tuple(axis for axis, size in sizes.items() if size == -1)
     if len(filled) > 1:
       yield filled, f'mesh has -1 on {" and ".join(filled)}; leave it on one axis'
+
+
+class DistributedConfig(Section):
+  """The other processes of a run over several hosts; see `parallel/join.py`.
+
+  On TPU pods, under SLURM and under Open MPI nothing is to be set. Elsewhere each process is told
+  the three here, or in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+  """
+
+  coordinator: str | None = None  # host:port of process 0
+  num_processes: Count | None = None
+  process_id: Natural | None = None  # from 0; each process its own
+  detect: bool = True  # look for a TPU pod, SLURM or Open MPI where nothing is given
+  heartbeat_timeout_s: Count = 60  # a process unheard of for so long ends the run, and says who
+  join_timeout_s: Count = 300  # until all processes are there
+
+  def relations(self) -> Iterator[Relation]:
+    """An address has a port, and the id is one of those there are."""
+    if self.coordinator is not None and not self.coordinator.rpartition(':')[2].isdigit():
+      text = f'distributed.coordinator={self.coordinator!r} has no port'
+      yield ('coordinator',), f'{text}; use host:port, the same on every process'
+    if None not in (self.num_processes, self.process_id) and self.process_id >= self.num_processes:
+      text = f'distributed.process_id={self.process_id} is none of num_processes'
+      keys = ('process_id', 'num_processes')
+      yield keys, f'{text}={self.num_processes}; use 0 to {self.num_processes - 1}'
 
 
 class ModelSection(Section):
@@ -360,6 +386,7 @@ class Config(Section):
 
   run: RunConfig = RunConfig()
   mesh: MeshConfig = MeshConfig()
+  distributed: DistributedConfig = DistributedConfig()
   model: ModelSection = ModelSection()
   data: DataConfig = DataConfig()
   tcg: TcgConfig = TcgConfig()

@@ -27,7 +27,27 @@ class _Rows:
     return jax.tree.map(lambda leaf: leaf[index], self.tree)
 
 
-def batches(tree, *, batch: int, seed: int) -> grain.MapDataset:
+class Batches:
+  """Endless batches of `batch` rows: `self[i]` is batch i, a pytree with rows on axis 0.
+
+  One index over all rows, whoever reads them: a continuation on another number of hosts reads what
+  the run would have read.
+  """
+
+  def __init__(self, each: grain.MapDataset, batch: int):
+    self.batch = batch
+    self._each = each
+    self._whole = each.batch(batch, batch_fn=_stack)
+
+  def __getitem__(self, step: int):
+    return self._whole[step]
+
+  def rows(self, step: int, which: np.ndarray):
+    """Only the rows `which` of batch `step`, in that order: a host's own."""
+    return _stack([self._each[step * self.batch + int(row)] for row in which])
+
+
+def batches(tree, *, batch: int, seed: int) -> Batches:
   """Shuffled, endlessly repeated batches of the rows of `tree`.
 
   Args:
@@ -36,7 +56,7 @@ def batches(tree, *, batch: int, seed: int) -> grain.MapDataset:
     seed: of the shuffle; every epoch has its own order.
 
   Returns:
-    A grain dataset whose element `i` is batch `i`, a pytree like `tree`.
+    Batches like `tree`.
 
   Raises:
     ValueError: `tree` has no rows.
@@ -44,7 +64,7 @@ def batches(tree, *, batch: int, seed: int) -> grain.MapDataset:
   rows = _Rows(tree)
   if not len(rows):
     raise ValueError('no rows to train on: the stage before found nothing; see its log')
-  return grain.MapDataset.source(rows).seed(seed).shuffle().repeat().batch(batch, batch_fn=_stack)
+  return Batches(grain.MapDataset.source(rows).seed(seed).shuffle().repeat(), batch)
 
 
 def of_list(items: Sequence, *, seed: int) -> grain.MapDataset:

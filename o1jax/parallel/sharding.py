@@ -6,9 +6,11 @@ the project names a mesh axis. XLA inserts the collectives.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from o1jax.parallel.mesh import meshes_that_fit
@@ -121,8 +123,80 @@ def repeated(tree: Any, at_least: int) -> list[str]:
 
 
 def shard(tree: Any, shardings: Any) -> Any:
-  """Places host (or device) arrays; `shardings` is one sharding or a matching tree."""
-  return jax.device_put(tree, shardings)
+  """Places host (or device) arrays; `shardings` is one sharding or a matching tree.
+
+  Over several hosts each places its own part of host arrays that are equal on all of them.
+  """
+  if jax.process_count() == 1:
+    return jax.device_put(tree, shardings)
+  if isinstance(shardings, jax.sharding.Sharding):
+    return jax.tree.map(lambda x: _place(x, shardings), tree)
+  return jax.tree.map(_place, tree, shardings)
+
+
+def _place(x: Any, sharding: NamedSharding) -> jax.Array:
+  if isinstance(x, jax.Array):
+    return jax.device_put(x, sharding)
+  x = np.asarray(x)
+  return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def own_rows(mesh: Mesh, batch: int) -> np.ndarray:
+  """Which rows of a batch the devices of this host read, [n] in ascending order."""
+  parts = batch_sharding(mesh, batch).addressable_devices_indices_map((batch,)).values()
+  return np.unique(np.concatenate([np.arange(batch)[part] for part in parts]))
+
+
+def shard_own(tree: Any, mesh: Mesh, batch: int) -> Any:
+  """Places a batch of which this host holds `own_rows` only, in that order."""
+  rows = own_rows(mesh, batch)
+  place = np.full(batch, -1)
+  place[rows] = np.arange(len(rows))
+
+  def put(x):
+    part = lambda index: x[(place[index[0]], *index[1:])]  # noqa: E731
+    return jax.make_array_from_callback((batch, *x.shape[1:]), batch_sharding(mesh), part)
+
+  return jax.tree.map(put, tree)
+
+
+def ambient_ways() -> int:
+  """Over how many parts of the ambient mesh (`jax.set_mesh`) rows are spread; 1 without one."""
+  shape = jax.sharding.get_abstract_mesh().shape
+  return shape.get('data', 1) * shape.get('fsdp', 1)
+
+
+def spread(tree: Any) -> Any:
+  """Host arrays over the ambient mesh by their rows; as they are without one, or if they do not
+  divide."""
+  mesh, ways = jax.sharding.get_mesh(), ambient_ways()
+  if mesh.empty:
+    return tree
+  rows, whole = batch_sharding(mesh), replicated(mesh)
+  return jax.tree.map(lambda x: shard(x, whole if len(x) % ways else rows), tree)
+
+
+def constrain(tree: Any, names: tuple[str | None, ...]) -> Any:
+  """Within jit: arrays whose first axes have these logical `names`, over the ambient mesh.
+
+  An axis that does not divide stays whole. Without an ambient mesh nothing is asked for.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return tree
+
+  def pin(x):
+    axes = [None if name is None else RULES[name] for name in names]
+    ways = [_ways(mesh, axis) for axis in axes]
+    fits = [axis if size % n == 0 else None for axis, n, size in zip(axes, ways, x.shape)]  # noqa: B905
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*fits))
+
+  return jax.tree.map(pin, tree)
+
+
+def _ways(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...] | None) -> int:
+  axes = (axis,) if isinstance(axis, str) else axis or ()
+  return math.prod(mesh.shape[name] for name in axes)
 
 
 def _is_names(node) -> bool:

@@ -17,6 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from o1jax.parallel import distributed
+
 logger = logging.getLogger(__name__)
 
 # Above this a checksum would hold up the device for longer than a step; Orbax itself notices files
@@ -83,10 +85,8 @@ class Checkpoints:
     for step in sorted(self._manager.all_steps(), reverse=True):
       self._refuse_other_shapes(step, like)
       try:
-        state, document = self._read(step, like)
-        if document['checksum'] not in (None, _checksum(state)):
-          raise ValueError('checksum differs')
-        return step, state, document['meta']
+        state, meta = distributed.together(lambda step=step: self._sound(step, like))
+        return step, state, meta
       except Exception as error:  # damage shows in many forms: JSON, KeyError, tensorstore's own
         logger.warning('%s: passed over damaged step %d (%s)', self.folder, step, _first(error))
         self._set_aside(step)
@@ -112,6 +112,13 @@ class Checkpoints:
     found = self._manager.restore(step, args=items)
     return found.state, found.meta
 
+  def _sound(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+    """State and meta of a save; raises if it is damaged."""
+    state, document = self._read(step, like)
+    if document['checksum'] not in (None, _checksum(state)):
+      raise ValueError('checksum differs')
+    return state, document['meta']
+
   def _refuse_other_shapes(self, step: int, like: Any) -> None:
     """Raises if the save is readable and of another pytree: that is no damage."""
     try:
@@ -127,11 +134,14 @@ class Checkpoints:
 
   def _set_aside(self, step: int) -> None:
     """Renames a damaged save, so that its step can be saved again and a person can look at it."""
+    self._manager.close()
+    distributed.from_first(lambda: self._rename(step))
+    self._manager = self._open(self._keep)
+
+  def _rename(self, step: int) -> None:
     aside = self.folder / f'damaged-{step}'
     shutil.rmtree(aside, ignore_errors=True)
     (self.folder / str(step)).rename(aside)
-    self._manager.close()
-    self._manager = self._open(self._keep)
 
 
 def save_tree(folder: pathlib.Path, tree: Any) -> None:
@@ -141,21 +151,29 @@ def save_tree(folder: pathlib.Path, tree: Any) -> None:
     checkpointer.wait_until_finished()
 
 
-def load_tree(folder: pathlib.Path, like: Any = None) -> Any:
-  """Reads what `save_tree` wrote: laid out as `like`, or else as plain containers on one device.
+# Shapes and types of a saved tree -> a sharding for each of its arrays.
+Placed = Callable[[Any], Any]
+
+
+def load_tree(folder: pathlib.Path, like: Any = None, placed: Placed | None = None) -> Any:
+  """Reads what `save_tree` wrote: laid out as `like` or by `placed`, or else on one device.
+
+  Without `like` the containers are plain ones.
 
   Raises:
     FileNotFoundError: nothing whole is there.
   """
   folder = folder.absolute()
-  if not folder.is_dir():
+  if not distributed.from_first(folder.is_dir):
     raise FileNotFoundError(f'{folder} holds no parameters; run the stage that makes them first')
   with _orbax().StandardCheckpointer() as checkpointer:
     if like is None:
+      saved = checkpointer.metadata(folder).item_metadata.tree
+      saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
       device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      where = placed(saved) if placed else jax.tree.map(lambda _: device, saved)
       like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        checkpointer.metadata(folder).item_metadata.tree,
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), saved, where
       )
     return checkpointer.restore(folder, like)
 

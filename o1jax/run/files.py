@@ -15,6 +15,8 @@ import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from o1jax.parallel import distributed
+
 logger = logging.getLogger(__name__)
 
 
@@ -100,7 +102,8 @@ def read_jsonl(path: pathlib.Path) -> Iterator[Any]:
 class Chunks:
   """A data set in numbered files, each written whole: the unit that a killed stage repeats.
 
-  `write(7, rows)` makes `00007.jsonl`; what is done is what `done()` lists.
+  `write(7, rows)` makes `00007.jsonl`; what is done is what `done()` lists. Of several processes
+  the first writes and reads, and tells the others.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -108,16 +111,19 @@ class Chunks:
 
   def done(self) -> set[int]:
     """Numbers of the chunks that are whole."""
-    return {int(path.stem) for path in self._paths()}
+    return set(distributed.from_first(lambda: [int(path.stem) for path in self._paths()]))
 
   def write(self, index: int, rows: Iterable[Any]) -> None:
     """Writes or replaces one chunk in one move."""
-    write_jsonl(self.folder / f'{index:05d}.jsonl', rows)
+    if distributed.is_first():
+      write_jsonl(self.folder / f'{index:05d}.jsonl', rows)
 
   def rows(self) -> Iterator[Any]:
     """All rows, in the order of the chunks."""
-    for path in self._paths():
-      yield from read_jsonl(path)
+    if distributed.count() == 1:
+      return (row for path in self._paths() for row in read_jsonl(path))
+    read = lambda: [row for path in self._paths() for row in read_jsonl(path)]  # noqa: E731
+    return iter(distributed.from_first(read))
 
   def _paths(self) -> list[pathlib.Path]:
     return sorted(p for p in self.folder.glob('*.jsonl') if p.stem.isdigit())

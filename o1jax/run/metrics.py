@@ -16,11 +16,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from o1jax.parallel import distributed
 from o1jax.run import files
 
 
 class Metrics:
-  """Measurements of one run, written to `folder`. A context manager."""
+  """Measurements of one run, written to `folder`. A context manager.
+
+  Of several processes the first writes; on the others all of it does nothing.
+  """
 
   def __init__(
     self,
@@ -32,7 +36,9 @@ class Metrics:
     self._tensorboard = folder / 'tensorboard' if tensorboard else None
     self._clock = clock
     self._writer: Any = None
-    self._project(list(files.read_jsonl(self.path)))
+    self._writes = distributed.is_first()
+    if self._writes:
+      self._project(list(files.read_jsonl(self.path)))
 
   def __enter__(self) -> Metrics:
     return self
@@ -42,6 +48,8 @@ class Metrics:
 
   def begin(self, stage: str, after: int = -1) -> None:
     """Drops the lines of `stage` later than step `after`: the steps that will be taken again."""
+    if not self._writes:
+      return
     rows = list(files.read_jsonl(self.path))
     kept = [row for row in rows if row['stage'] != stage or row['step'] <= after]
     if len(kept) < len(rows):
@@ -50,6 +58,8 @@ class Metrics:
 
   def write(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
     """Appends one line. A value that is not finite is written as null."""
+    if not self._writes:
+      return
     row = {'stage': stage, 'step': int(step), 'time': round(self._clock(), 3)}
     row |= {name: _finite(value) for name, value in values.items()}
     files.append_jsonl(self.path, [row], sync=False)

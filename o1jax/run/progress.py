@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +15,14 @@ import rich.progress
 import rich.table
 import rich.text
 
+from o1jax.parallel import distributed
+
 
 class Progress:
   """Headers, bars and tables of one run.
 
   On a terminal a bar moves in place; elsewhere it is a plain line at most every `every_s` seconds,
-  and one at the end.
+  and one at the end. Of several processes the first shows something.
   """
 
   def __init__(
@@ -28,7 +31,7 @@ class Progress:
     every_s: float = 10.0,
     clock: Callable[[], float] = time.monotonic,
   ):
-    stream = stream or sys.stdout
+    stream = stream or (sys.stdout if distributed.is_first() else io.StringIO())
     self._live = stream.isatty()
     self._console = rich.console.Console(
       file=stream,

@@ -27,6 +27,7 @@ from typing import Any
 
 from o1jax import config as config_lib
 from o1jax.config import Config, ConfigError
+from o1jax.parallel import distributed
 from o1jax.run import checkpoints, files
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,11 @@ _PACKAGES += ('transformers', 'sentencepiece', 'numpy')
 
 
 class Store:
-  """An opened run folder, held by one process at a time. A context manager."""
+  """An opened run folder, held by one run at a time. A context manager.
+
+  Of several processes the first alone holds, reads and writes it, save for parameters and
+  checkpoints: the folder lies where all of them reach it.
+  """
 
   def __init__(self, config: Config, force: bool = False):
     """Makes or reopens `config.run.dir`; `force` goes on where the config has changed.
@@ -45,12 +50,10 @@ class Store:
       ConfigError: the folder cannot be written, holds something else, a run of another config, or a
         run under way.
     """
-    check_folder(config, force)
     self.config = config
     self.dir = pathlib.Path(config.run.dir)
-    self.dir.mkdir(parents=True, exist_ok=True)
-    self._lock = _lock(self.dir / '.lock')
-    self._write_header()
+    self._lock: Any = None
+    distributed.from_first(lambda: self._open(force))
 
   def __enter__(self) -> Store:
     return self
@@ -60,7 +63,8 @@ class Store:
 
   def close(self) -> None:
     """Lets another process have the folder."""
-    self._lock.close()
+    if self._lock is not None:
+      self._lock.close()
 
   def path(self, stage: str, name: str = '') -> pathlib.Path:
     """`stages/<stage>/<name>`; the stage's folder is made where there is none.
@@ -73,12 +77,14 @@ class Store:
 
   def done(self, stage: str) -> dict[str, Any] | None:
     """The result that `finish` wrote, or None for a stage that is not done."""
-    return files.read_json(self.dir / 'stages' / stage / 'done.json')
+    marker = self.dir / 'stages' / stage / 'done.json'
+    return distributed.from_first(lambda: files.read_json(marker))
 
   def finish(self, stage: str, result: dict[str, Any]) -> None:
     """Marks a stage as done with its result, then frees its (closed) checkpoints' space."""
-    files.write_json(self.path(stage, 'done.json'), result)
-    shutil.rmtree(self.path(stage, 'checkpoints'), ignore_errors=True)
+    if distributed.is_first():
+      files.write_json(self.path(stage, 'done.json'), result)
+      shutil.rmtree(self.path(stage, 'checkpoints'), ignore_errors=True)
 
   def forget(self, stage: str) -> None:
     """Removes everything of a stage, so that it runs again from the start."""
@@ -99,9 +105,15 @@ class Store:
     """Writes a final pytree of arrays of the stage."""
     checkpoints.save_tree(self.path(stage, name), params)
 
-  def load_params(self, stage: str, name: str, like: Any = None) -> Any:
-    """Reads it back, laid out as `like` or else on one device; raises FileNotFoundError."""
-    return checkpoints.load_tree(self.path(stage, name), like)
+  def load_params(self, stage: str, name: str, placed: checkpoints.Placed | None = None) -> Any:
+    """Reads it back, laid out by `placed` or else on one device; raises FileNotFoundError."""
+    return checkpoints.load_tree(self.path(stage, name), placed=placed)
+
+  def _open(self, force: bool) -> None:
+    check_folder(self.config, force)
+    self.dir.mkdir(parents=True, exist_ok=True)
+    self._lock = _lock(self.dir / '.lock')
+    self._write_header()
 
   def _write_header(self) -> None:
     """The resolved config and the list of sessions, this one added."""

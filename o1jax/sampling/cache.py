@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from o1jax.models.transformer import Cache, Model, Params
+from o1jax.parallel.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +39,17 @@ class DecodeState:
   def columns(self) -> int:
     """S: `column` must never pass it, which callers check (see `grow`)."""
     return self.valid.shape[1]
+
+
+def laid_out(state: DecodeState) -> DecodeState:
+  """Within jit: rows over `data` and `fsdp` of the ambient mesh, key heads over `tensor`."""
+  return DecodeState(
+    cache=constrain(state.cache, ('batch', 'kv_heads')),
+    valid=constrain(state.valid, ('batch',)),
+    position=constrain(state.position, ('batch',)),
+    hidden=constrain(state.hidden, ('batch',)),
+    column=state.column,
+  )
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'columns'))
@@ -71,7 +83,7 @@ def prefill(
     jnp.int32(0),
     valid,
   )
-  state = DecodeState(cache, valid, lengths, hidden[:, -1], jnp.int32(width))
+  state = laid_out(DecodeState(cache, valid, lengths, hidden[:, -1], jnp.int32(width)))
   return _pad_columns(model, state, max(columns, width))
 
 
@@ -81,11 +93,12 @@ def _pad_columns(model: Model, state: DecodeState, columns: int) -> DecodeState:
 
   # Into a fresh cache at the origin: which axis holds the columns is the model's business.
   larger = model.empty_cache(state.rows, columns)
-  return dataclasses.replace(
+  state = dataclasses.replace(
     state,
     cache=jax.tree.map(place, state.cache, larger),
     valid=jnp.pad(state.valid, ((0, 0), (0, columns - state.columns))),
   )
+  return laid_out(state)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'columns'))
@@ -100,7 +113,7 @@ def gather_rows(state: DecodeState, index: jax.Array) -> DecodeState:
   rows = (state.cache, state.valid, state.position, state.hidden)
   rows = jax.tree.map(lambda array: jnp.take(array, index, axis=0, mode='clip'), rows)
   # + 0: a buffer of its own, which `extend` may be given without deleting that of `state`.
-  return DecodeState(*rows, column=state.column + 0)
+  return laid_out(DecodeState(*rows, column=state.column + 0))
 
 
 def repeat_rows(state: DecodeState, count: int) -> DecodeState:
@@ -132,10 +145,11 @@ def extend(
     params, state.cache, tokens, state.position[:, None] + offsets, state.column, valid
   )
   last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-  return hidden, DecodeState(
+  state = DecodeState(
     cache=cache,
     valid=valid,
     position=state.position + counts,
     hidden=jnp.where(counts[:, None] > 0, last, state.hidden),
     column=state.column + width,
   )
+  return hidden, laid_out(state)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from o1jax.models.transformer import Model, Params
-from o1jax.sampling.cache import DecodeState
+from o1jax.parallel.sharding import constrain
+from o1jax.sampling.cache import DecodeState, laid_out
 from o1jax.sampling.draw import SAMPLE, Drawing, draw
 
 
@@ -44,14 +45,14 @@ def begin(state: DecodeState, keys: jax.Array, live: jax.Array, *, max_new: int)
     live: [R] bool, rows that shall generate at all.
     max_new: N, new tokens at most.
   """
-  rows = live.shape[0]
+  rows, by_row = live.shape[0], functools.partial(constrain, names=('batch',))
   return Continuation(
-    state=state,
-    uniforms=jax.vmap(lambda key: jax.random.uniform(key, (max_new,)))(keys),
-    tokens=jnp.zeros((rows, max_new), jnp.int32),
-    logprobs=jnp.zeros((rows, max_new), jnp.float32),
-    lengths=jnp.zeros(rows, jnp.int32),
-    live=live,
+    state=laid_out(state),
+    uniforms=by_row(jax.vmap(lambda key: jax.random.uniform(key, (max_new,)))(keys)),
+    tokens=by_row(jnp.zeros((rows, max_new), jnp.int32)),
+    logprobs=by_row(jnp.zeros((rows, max_new), jnp.float32)),
+    lengths=by_row(jnp.zeros(rows, jnp.int32)),
+    live=by_row(live),
     steps=jnp.int32(0),
   )
 
@@ -98,12 +99,14 @@ def _next_token(model, params, stop_ids, how, rows: Continuation) -> Continuatio
   hidden, cache = model.extend(
     params, state.cache, token[:, None], state.position[:, None], state.column, valid
   )
-  state = DecodeState(
-    cache=cache,
-    valid=valid,
-    position=state.position + live,
-    hidden=jnp.where(live[:, None], hidden[:, 0], state.hidden),
-    column=state.column + 1,
+  state = laid_out(
+    DecodeState(
+      cache=cache,
+      valid=valid,
+      position=state.position + live,
+      hidden=jnp.where(live[:, None], hidden[:, 0], state.hidden),
+      column=state.column + 1,
+    )
   )
   stopped = functools.reduce(jnp.logical_or, [token == s for s in stop_ids], jnp.zeros_like(live))
   at = (0, rows.steps)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from o1jax.models.transformer import Model, Params
+from o1jax.parallel.distributed import fetch
 from o1jax.sampling.cache import DecodeState, prefill
 from o1jax.sampling.draw import GREEDY, SAMPLE, Drawing
 from o1jax.sampling.sampler import Sampler, Samples, check_prompts, length_batches, pad_prompts
@@ -175,7 +176,7 @@ class _Batch:
     going, waiting = list(range(len(self.choices))), []  # waiting for their program
     for depth in range(rule.max_depth):
       if rule.greedy_program:
-        likeliest = np.asarray(_likeliest(rule.model, self.params, self.state))
+        likeliest = fetch(_likeliest(rule.model, self.params, self.state))
         waiting += [p for p in going if likeliest[p] == rule.steps.terminal]
         going = [p for p in going if likeliest[p] != rule.steps.terminal]
       if not going:

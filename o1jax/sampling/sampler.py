@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from o1jax.models.transformer import Model, Params
+from o1jax.parallel.distributed import fetch
+from o1jax.parallel.sharding import ambient_ways, constrain
 from o1jax.sampling.cache import DecodeState, gather_rows, prefill
 from o1jax.sampling.decode import Continuation, begin, run
 from o1jax.sampling.draw import SAMPLE, Drawing
@@ -25,6 +27,7 @@ PROMPT_MULTIPLE = 32  # prompt columns are padded to this: a compiled prefill ea
 FEWEST = 8  # prompts are padded to this number or a higher power of two
 COLUMN_MULTIPLE = 64  # cache columns are padded to this: a compiled loop each
 SHRINK = 4  # a batch is compacted when at most one row in SHRINK is live ...
+_DRAWN = ('tokens', 'logprobs', 'lengths')  # what a continuation hands to its `Samples`
 SMALLEST = 32  # ... and the smaller one has at least this many rows: fewer gain nothing
 
 
@@ -116,7 +119,7 @@ class Sampler:
     """
     if (room := state.columns - int(state.column)) < self.max_new:
       raise ValueError(f'max_new={self.max_new} but the state has room for {room}; grow it first')
-    longest, limit = int(np.asarray(state.position)[slots].max()), self.model.config.max_position
+    longest, limit = int(fetch(state.position)[slots].max()), self.model.config.max_position
     if longest + self.max_new > limit:
       raise ValueError(
         f'{longest} tokens and max_new={self.max_new} exceed max_position={limit} of the model; '
@@ -133,9 +136,10 @@ class Sampler:
     return dataclasses.replace(out, generated=int(out.lengths.sum()), computed=computed)
 
   def _size(self, live: int) -> int:
-    """The least of `rows`, `rows / SHRINK`, ... that holds so many rows."""
-    size = self.rows
-    while size // SHRINK >= max(live, SMALLEST):
+    """The least of `rows`, `rows / SHRINK`, ... that holds so many and divides over the mesh."""
+    ways = ambient_ways()
+    size = round_up(self.rows, ways)
+    while size // SHRINK >= max(live, SMALLEST) and size // SHRINK % ways == 0:
       size //= SHRINK
     return size
 
@@ -146,12 +150,13 @@ class Sampler:
       size = len(where)
       leave = size // SHRINK if size // SHRINK >= SMALLEST else 0
       rows = run(self.model, params, rows, stop_ids=self.stop_ids, how=self.how, leave=leave)
-      live, steps = np.asarray(rows.live), int(rows.steps)
+      got = fetch({name: getattr(rows, name) for name in ('live', *_DRAWN)})
+      live, steps = got['live'], int(rows.steps)
       computed += size * (steps - done)
       done = steps
       real = where >= 0
-      for field in ('tokens', 'logprobs', 'lengths'):
-        getattr(out, field)[where[real]] = np.asarray(getattr(rows, field))[real]
+      for field in _DRAWN:
+        getattr(out, field)[where[real]] = got[field][real]
       out.stopped[where[real]] = ~live[real]
       if steps == self.max_new or not live.any():
         return computed
@@ -184,7 +189,7 @@ def _join(parts: list[tuple[np.ndarray, Samples]], count: int, max_new: int, com
 
 def compact(rows: Continuation, where: np.ndarray, size: int) -> tuple[Continuation, np.ndarray]:
   """The live rows in a batch of `size` rows, and where they go; the rest is dead padding."""
-  index = np.flatnonzero(np.asarray(rows.live))
+  index = np.flatnonzero(fetch(rows.live))
   padded = np.pad(index, (0, size - len(index)))
   alive = np.arange(size) < len(index)
   rows = _gather(rows, padded, alive)
@@ -195,6 +200,7 @@ def compact(rows: Continuation, where: np.ndarray, size: int) -> tuple[Continuat
 def _gather(rows: Continuation, index: jax.Array, alive: jax.Array) -> Continuation:
   fields = (rows.uniforms, rows.tokens, rows.logprobs, rows.lengths)
   fields = jax.tree.map(lambda array: jnp.take(array, index, axis=0, mode='clip'), fields)
+  fields, alive = constrain((fields, alive), ('batch',))
   return Continuation(gather_rows(rows.state, index), *fields, live=alive, steps=rows.steps)
 
 
@@ -216,10 +222,11 @@ def length_batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list
 def pad_prompts(prompts: Sequence[Sequence[int]], largest: int) -> tuple[np.ndarray, np.ndarray]:
   """Prompts padded to a fixed shape: (tokens [P, T] int32, lengths [P] int32).
 
-  P is a power of two from FEWEST on, or `largest` if that is less; T a multiple
-  of PROMPT_MULTIPLE. Padding rows are prompts of one token 0.
+  P is a power of two from FEWEST on, or `largest` if that is less, rounded up to what divides over
+  the ambient mesh; T a multiple of PROMPT_MULTIPLE. Padding rows are prompts of one token 0.
   """
   count = min(largest, max(FEWEST, 1 << (len(prompts) - 1).bit_length()))
+  count = round_up(count, ambient_ways())
   width = round_up(max(map(len, prompts)), PROMPT_MULTIPLE)
   tokens = np.zeros((count, width), np.int32)
   lengths = np.ones(count, np.int32)

@@ -16,6 +16,8 @@ import numpy as np
 
 from o1jax.models.heads import states_before, step_head_of
 from o1jax.models.transformer import Model, Params
+from o1jax.parallel.distributed import fetch
+from o1jax.parallel.sharding import ambient_ways
 from o1jax.sampling.cache import DecodeState, extend, gather_rows, grow, prefill
 from o1jax.sampling.sampler import COLUMN_MULTIPLE, length_batches, round_up
 
@@ -57,11 +59,12 @@ class PrmScorer:
     """See `Scorer`."""
     state = with_room(self.model, state, _padded(steps))
     scores = np.zeros(len(steps), np.float32)
-    for chunk in length_batches(steps, self.rows):
-      tokens, mask = pad_steps([steps[i] for i in chunk], self.rows)
-      where = np.pad(np.asarray(slots)[chunk], (0, self.rows - len(chunk)))
+    rows = round_up(self.rows, ambient_ways())
+    for chunk in length_batches(steps, rows):
+      tokens, mask = pad_steps([steps[i] for i in chunk], rows)
+      where = np.pad(np.asarray(slots)[chunk], (0, rows - len(chunk)))
       got = score_steps(self.model, self.params, state, where, tokens, mask)
-      scores[chunk] = np.asarray(got)[: len(chunk)]
+      scores[chunk] = fetch(got)[: len(chunk)]
     return scores
 
   def advance(self, state: DecodeState, steps: Sequence[Sequence[int]]) -> DecodeState:

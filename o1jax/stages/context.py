@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ from o1jax.config import Config
 from o1jax.data.paths import PathEncoder
 from o1jax.data.tokens import Tokenizer
 from o1jax.models.transformer import Model
-from o1jax.run import files
+from o1jax.parallel import distributed
+from o1jax.parallel.sharding import param_shardings
+from o1jax.run import files, stop
 from o1jax.run.metrics import Metrics
 from o1jax.run.progress import Progress
 from o1jax.run.store import Store
@@ -87,10 +90,13 @@ class Run:
     if name.rsplit('/', 1)[-1] not in self.wanted:
       raise NotAsked(f'stopped before {name}: it is not finished and not in --stages')
     self.bench.progress.stage(name, text)
+    stop.pause()
     with timed() as clock:
       result = body()
     result = result | {'seconds': round(clock(), 2)}
     store.finish(name, result)
+    if distributed.count() > 1:
+      result = store.done(name)  # as the first process, whose clock and record these are, has it
     shown = {k: v for k, v in result.items() if isinstance(v, int | float | str)}
     told = ', '.join(
       f'{k} {v:.3g}' if isinstance(v, float) else f'{k} {v}' for k, v in shown.items()
@@ -98,8 +104,19 @@ class Run:
     self.bench.progress.say(f'{name}: {told}')
     return result
 
+  def load_params(self, stage: str, name: str) -> Any:
+    """What a stage saved by `Store.save_params`, over the mesh; raises FileNotFoundError."""
+    mesh = self.bench.mesh
+    if mesh.size == 1:
+      return self.bench.store.load_params(stage, name)
+    placed = functools.partial(param_shardings, mesh, self.model)
+    return self.bench.store.load_params(stage, name, placed)
+
   def seconds(self) -> dict[str, float]:
     """Wall seconds of every finished stage."""
+    return distributed.from_first(self._seconds)
+
+  def _seconds(self) -> dict[str, float]:
     folder = self.bench.store.dir / 'stages'
     found = {}
     for marker in sorted(folder.rglob('done.json'), key=lambda path: path.stat().st_mtime):
@@ -108,8 +125,9 @@ class Run:
     return found
 
   def write_summary(self, summary: dict[str, Any]) -> None:
-    """Writes `summary.json` into the run's folder, in one move."""
-    files.write_json(self.bench.store.dir / 'summary.json', summary)
+    """Writes `summary.json` into the run's folder, in one move; process 0 does."""
+    if distributed.is_first():
+      files.write_json(self.bench.store.dir / 'summary.json', summary)
 
 
 @contextmanager

@@ -1,10 +1,19 @@
-"""Programs to verdicts: each distinct program is run once for each set of tests."""
+"""Programs to verdicts: each distinct program is run once for each set of tests.
+
+Over several processes each runs the programs of its own problems in its own sandbox, and all know
+all verdicts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from o1jax.data import steps as steps_lib
+from o1jax.parallel import distributed
+from o1jax.run import stop
 from o1jax.sandbox.pool import Pool
 from o1jax.sandbox.protocol import Job, Limits
 from o1jax.types import (
@@ -17,6 +26,8 @@ from o1jax.types import (
   TestResult,
   Verdict,
 )
+
+_Key = tuple[str, tuple[TestCase, ...], str]  # problem id, tests, program
 
 
 class Executor:
@@ -31,7 +42,7 @@ class Executor:
     self._pool = pool
     self._headroom = headroom
     self._limits: dict[str, Limits] = {}
-    self._known: dict[tuple[str, tuple[TestCase, ...], str], Verdict] = {}
+    self._known: dict[_Key, Verdict] = {}
 
   def judge(
     self,
@@ -48,21 +59,40 @@ class Executor:
       SandboxError: too many programs could not be judged, or a layer stopped applying.
     """
     tests = [p.tests for p in problems] if tests is None else tests
-    self._time_references(problems)
     keys, jobs = [], {}
     for problem, path, cases in zip(problems, paths, tests, strict=True):
       code = steps_lib.program_of(path)
       key = None if code is None else (problem.id, tuple(cases), code)
       keys.append(key)
-      if key is not None and key not in self._known and key not in jobs:
-        limits = self._limits.get(problem.id)
-        jobs[key] = Job(code, tuple(cases), problem.entry_point, problem.test_code, limits)
-    for key, verdict in zip(jobs, self._pool.judge(list(jobs.values())), strict=True):
-      self._known[key] = verdict
+      if key is not None and key not in self._known:
+        jobs[key] = problem
+    stop.pause()
+    own = [key for key in jobs if self._is_own(key[0])]
+    run = lambda: self._run(own, [p for p in problems if self._is_own(p.id)], jobs)  # noqa: E731
+    shares = [iter(share) for share in distributed.gather(run)]
+    for key in jobs:  # each process judged its own in this order
+      self._known[key] = _verdict(next(shares[self._owner(key[0])]))
     return [
       self._without_program(path, cases) if key is None else self._known[key]
       for key, path, cases in zip(keys, paths, tests, strict=True)
     ]
+
+  def _run(self, keys: Sequence[_Key], problems: Sequence[Problem], of: Mapping[_Key, Problem]):
+    """Verdicts of programs, as plain values where they go to other processes."""
+    self._time_references(problems)
+    jobs = []
+    for key in keys:
+      problem_id, cases, code = key
+      problem, limits = of[key], self._limits.get(problem_id)
+      jobs.append(Job(code, cases, problem.entry_point, problem.test_code, limits))
+    verdicts = self._pool.judge(jobs)
+    return verdicts if distributed.count() == 1 else [dataclasses.asdict(v) for v in verdicts]
+
+  def _owner(self, problem_id: str) -> int:
+    return zlib.crc32(problem_id.encode()) % distributed.count()
+
+  def _is_own(self, problem_id: str) -> bool:
+    return self._owner(problem_id) == distributed.index()
 
   def _time_references(self, problems: Sequence[Problem]) -> None:
     """Runs the references of problems not met before; a trusted one sets the CPU limit."""
@@ -78,3 +108,10 @@ class Executor:
     if not path or not path[-1].terminal:
       return None
     return Verdict(COMPILE_ERROR, (TestResult(WRONG_ANSWER),) * len(cases), 'no fenced program')
+
+
+def _verdict(said: Verdict | dict[str, Any]) -> Verdict:
+  """A verdict, or what `dataclasses.asdict` and JSON made of it."""
+  if isinstance(said, Verdict):
+    return said
+  return Verdict(said['status'], tuple(TestResult(**t) for t in said['tests']), said['stderr'])

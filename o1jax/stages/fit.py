@@ -7,12 +7,15 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from o1jax.config import OptimConfig
+from o1jax.data.pipeline import Batches
 from o1jax.learn.optim import make_optimizer
 from o1jax.learn.state import TrainState, init_state
 from o1jax.learn.update import LossFn, make_update
-from o1jax.parallel.sharding import batch_sharding, param_shardings, shard
+from o1jax.parallel import distributed
+from o1jax.parallel.sharding import batch_sharding, own_rows, param_shardings, shard, shard_own
 from o1jax.run.metrics import Lagged
 from o1jax.run.stop import deferred
 from o1jax.stages.context import Workbench
@@ -44,6 +47,14 @@ def place(bench: Workbench, model, params: Any) -> Any:
   return jax.tree.map(jnp.copy, shard(params, param_shardings(bench.mesh, model, params)))
 
 
+def _placed(mesh: Mesh, data: Any, step: int) -> Any:
+  """Batch `step` over the mesh; each host reads its own rows where the data can be read so."""
+  if distributed.count() == 1 or not isinstance(data, Batches):
+    return shard(data[step], batch_sharding(mesh))
+  rows = own_rows(mesh, data.batch)
+  return shard_own(data.rows(step, rows), mesh, data.batch)
+
+
 def fit(
   bench: Workbench,
   stage: str,
@@ -51,7 +62,7 @@ def fit(
   model,
   params: Any,
   loss_fn: LossFn,
-  data: grain.MapDataset,
+  data: Batches | grain.MapDataset,
   config: OptimConfig,
 ) -> tuple[Any, dict[str, float]]:
   """Trains `params` for `config.steps` batches of `data`.
@@ -80,7 +91,6 @@ def fit(
   tx = optimizer(config)
   state: TrainState = init_state(place(bench, model, params), tx)
   update = make_update(loss_fn, tx, accumulate=config.accumulate)
-  rows = batch_sharding(bench.mesh)
   label = f'{stage}/{name}'
   latest: dict[str, float] = {}
 
@@ -98,11 +108,11 @@ def fit(
     bench.metrics.begin(label, after=start)
     with Lagged(emit) as lagged, bench.progress.bar(label, config.steps, start) as bar:
       for step in range(start, config.steps):
-        state, scalars = update(state, shard(data[step], rows))
+        state, scalars = update(state, _placed(bench.mesh, data, step))
         if (step + 1) % bench.log_every == 0 or step + 1 == config.steps:
           lagged.push(step + 1, scalars)
           bar.update(step + 1, f'loss {latest["loss"]:.4f}' if latest else '')
-        if saves.due() or stop.asked:
+        if stop.agree(saves.due(), wait=step + 1 == config.steps):
           lagged.flush()
           saves.save(step + 1, state, {'latest': dict(latest)})
         stop.check()

@@ -56,4 +56,4 @@ def finetune_policy(run: Run, round_: int, params: Any, found: Sequence[Trajecto
     return result | brief(run, trained, seed=seed)
 
   run.stage(name, 'policy SFT on verified paths', body)
-  return store.load_params(name, 'policy')
+  return run.load_params(name, 'policy')

@@ -20,6 +20,8 @@ from o1jax.learn.objectives import prm_loss, step_scores
 from o1jax.learn.update import LossFn
 from o1jax.models.heads import StepHead, TokenHead
 from o1jax.models.transformer import Model
+from o1jax.parallel.distributed import fetch
+from o1jax.parallel.sharding import spread
 from o1jax.sampling.draw import SAMPLE
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import name_ids, sampler
@@ -89,7 +91,7 @@ def train_prm(run: Run, round_: int, policy: Any, found: Sequence[Trajectory]) -
     return result | {f'dev_{k}': v for k, v in judged.items()}
 
   run.stage(name, 'process reward model on all roll-outs', body)
-  return store.load_params(name, 'prm')
+  return run.load_params(name, 'prm')
 
 
 def blended(start: Any, trained: Any, share: float) -> Any:
@@ -126,7 +128,7 @@ def score_paths(
   for start in range(0, len(paths), shape.rows):
     part = list(zip(problems, paths, strict=True))[start : start + shape.rows]
     batch = _plain_batch(run, shape, part)
-    scores = np.asarray(batch_scores(run.model, prm, batch))
+    scores = fetch(batch_scores(run.model, prm, spread(batch)))
     out += [scores[i, : len(path)].tolist() for i, (_, path) in enumerate(part)]
   return out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,8 @@ from o1jax.learn.state import init_state
 from o1jax.learn.update import LossFn, make_update, run_updates
 from o1jax.models.heads import ScalarHead
 from o1jax.models.transformer import Model
-from o1jax.parallel.sharding import batch_sharding, shard
+from o1jax.parallel.distributed import fetch
+from o1jax.parallel.sharding import batch_sharding, shard, spread
 from o1jax.run.stop import deferred
 from o1jax.sampling.draw import Drawing
 from o1jax.stages.context import Run
@@ -61,7 +62,7 @@ def improve_policy(
 
   run.stage(name, f'{run.config.rl.algorithm} on process and outcome rewards', body)
   found = [stepwise.from_row(row) for row in chunks.rows()]
-  return store.load_params(name, 'policy'), found
+  return run.load_params(name, 'policy'), found
 
 
 def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
@@ -107,6 +108,7 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
         bench.metrics.write(label, iteration + 1, last)
         bar.update(iteration + 1, f'outcome {last["outcome"]:.3f}')
         saves.save(iteration + 1, state, {'last': last, 'tokens': tokens, 'broken': broken})
+        stop.agree(wait=True)
         stop.check()
   return _policy_of(state.params), last, tokens
 
@@ -188,6 +190,11 @@ def row_values(model, critic, params, batch):
   return _value_fn(model, critic)(params['critic'], hidden, batch)
 
 
+def _read(of: Callable[..., jax.Array], *args: Any) -> np.ndarray:
+  """What a model says of the rows of the last argument, a host batch spread over the mesh."""
+  return fetch(of(*args[:-1], spread(args[-1])))
+
+
 def _learn(run: Run, update, state, reference, rollouts: Rollouts, alpha, iteration, rng):
   """The updates of one iteration: the state, the last metrics, how many were not finite."""
   config = run.config.rl
@@ -207,7 +214,7 @@ def _minibatches(run: Run, state, reference, rollouts: Rollouts, alpha, iteratio
   config = run.config.rl
   size = config.minibatch
   if config.algorithm == 'dpo':
-    ref_logprobs = lambda side: np.asarray(row_logprobs(run.model, reference, side))  # noqa: E731
+    ref_logprobs = lambda side: _read(row_logprobs, run.model, reference, side)  # noqa: E731
     whole = pair_batch(config, rollouts, alpha, ref_logprobs, config.rows // 2)
     size = max(1, config.minibatch // 2)
   else:
@@ -229,13 +236,12 @@ def _rollout_batch(
   plain = rollout_batch(config, rollouts, alpha, values=None, **args)
   views = TokenBatch(plain.tokens, plain.positions, plain.segments, plain.mask)
   if config.kl_coef:
-    args['ref_logprobs'] = np.asarray(row_logprobs(run.model, reference, views))
+    args['ref_logprobs'] = _read(row_logprobs, run.model, reference, views)
   if config.importance_cap:
-    now = row_logprobs(run.model, _policy_of(state.params), views)
-    args['now_logprobs'] = np.asarray(now)
+    args['now_logprobs'] = _read(row_logprobs, run.model, _policy_of(state.params), views)
   values = None
   if config.algorithm == 'ppo':
-    values = np.asarray(row_values(run.model, config.critic, state.params, views))
+    values = _read(row_values, run.model, config.critic, state.params, views)
   return rollout_batch(config, rollouts, alpha, values=values, **args)
 
 
@@ -290,4 +296,4 @@ def expert_iteration(
     return {'sampled_tokens': spent} | brief(run, trained, seed=seed)
 
   run.stage(name, 'control: SFT on verified samples, no RL', body)
-  return store.load_params(name, 'policy')
+  return run.load_params(name, 'policy')

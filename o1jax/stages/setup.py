@@ -11,15 +11,19 @@ from contextlib import contextmanager
 
 import jax
 import psutil
+from jax.sharding import Mesh
 
 from o1jax.config import Config, ConfigError
 from o1jax.data.paths import PathEncoder
 from o1jax.data.problems import load_split
 from o1jax.data.tokens import Tokenizer
 from o1jax.models import hf
-from o1jax.models.transformer import Model
+from o1jax.models.transformer import Model, Params
+from o1jax.parallel import distributed
+from o1jax.parallel.join import join
 from o1jax.parallel.mesh import make_mesh, meshes_that_fit
-from o1jax.parallel.sharding import batch_faults, model_faults
+from o1jax.parallel.sharding import batch_faults, model_faults, param_shardings
+from o1jax.run import stop
 from o1jax.run.metrics import Metrics
 from o1jax.run.progress import Progress
 from o1jax.run.store import Store, check_folder
@@ -44,20 +48,23 @@ def opened(config: Config, wanted: Sequence[str], force: bool = False) -> Iterat
   Raises:
     ConfigError: with every fault of model, mesh, batches, problems and sandbox.
   """
-  mesh, model, tokenizer = _checked(config)
+  join(config.distributed)
+  mesh, model, tokenizer = distributed.together(lambda: _checked(config))
   with (
+    stop.noting(),
+    _ambient(mesh),
     Store(config, force) as store,
     Metrics(store.dir, config.metrics.tensorboard) as metrics,
-    _pool(config) as pool,
+    distributed.together(lambda: _pool(config)) as pool,
     _log_file(store.dir / 'run.log'),
   ):
     bench = Workbench(store, metrics, Progress(), mesh, config.run.log_every)
-    _, base = hf.load(model_folder(config))
-    splits = {name: _split(config, name) for name in ('train', 'dev', 'test')}
+    base = distributed.together(lambda: _base(config, mesh))
     encoder = PathEncoder(tokenizer)
-    _check_prompts(config, encoder, splits)
+    splits = distributed.together(lambda: _splits(config, encoder))
+    hosts = f', {distributed.count()} processes' if distributed.count() > 1 else ''
     bench.progress.say(
-      f'sandbox tier {pool.tier}; {jax.device_count()} {jax.default_backend()} device'
+      f'sandbox tier {pool.tier}; {jax.device_count()} {jax.default_backend()} device{hosts}'
     )
     yield Run(
       config,
@@ -74,8 +81,9 @@ def opened(config: Config, wanted: Sequence[str], force: bool = False) -> Iterat
 
 def dry_run(config: Config, force: bool = False) -> None:
   """Checks files, shapes, memory and the sandbox, says what it found, and does nothing."""
-  check_folder(config, force)
-  mesh, model, tokenizer = _checked(config)
+  join(config.distributed)
+  distributed.from_first(lambda: check_folder(config, force))
+  mesh, model, tokenizer = distributed.together(lambda: _checked(config))
   splits = {name: _split(config, name) for name in ('dev',)}
   _check_prompts(config, PathEncoder(tokenizer), splits)
   progress = Progress()
@@ -86,6 +94,30 @@ def dry_run(config: Config, force: bool = False) -> None:
     progress.say(f'largest step: about {step_bytes(config, model) / 2**20:.0f} MiB')
     progress.say(f'sandbox: tier {pool.tier}, {", ".join(pool.layers)}')
     progress.say('dry run: all checks passed, nothing was written')
+
+
+@contextmanager
+def _ambient(mesh: Mesh) -> Iterator[None]:
+  """Sampling, search and scoring over the mesh; one device goes without."""
+  if mesh.size == 1:
+    yield
+    return
+  with jax.set_mesh(mesh):
+    yield
+
+
+def _base(config: Config, mesh: Mesh) -> Params:
+  """The base model's parameters over the mesh; each device reads its own slices."""
+  placed = None
+  if mesh.size > 1:
+    placed = lambda model: param_shardings(mesh, model, model.shapes())  # noqa: E731
+  return hf.load(model_folder(config), placed)[1]
+
+
+def _splits(config: Config, encoder: PathEncoder) -> dict[str, tuple[Problem, ...]]:
+  splits = {name: _split(config, name) for name in ('train', 'dev', 'test')}
+  _check_prompts(config, encoder, splits)
+  return splits
 
 
 def step_bytes(config: Config, model: Model) -> int:
@@ -107,10 +139,14 @@ def step_bytes(config: Config, model: Model) -> int:
 def _log_file(path: pathlib.Path) -> Iterator[None]:
   """What the project logs while the run is open, the sandbox's tier at every batch included.
 
-  Everything goes into the file, warnings to stderr as well.
+  Everything goes into the file, warnings to stderr as well; of several processes, those of the
+  others go to their stderr alone.
   """
   logger = logging.getLogger('o1jax')
-  file, stderr = logging.FileHandler(path, encoding='utf-8'), logging.StreamHandler()
+  stderr = logging.StreamHandler()
+  file = (
+    logging.FileHandler(path, encoding='utf-8') if distributed.is_first() else logging.NullHandler()
+  )
   file.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
   stderr.setLevel(logging.WARNING)
   before = logger.level, logger.propagate

@@ -25,8 +25,10 @@ from o1jax.learn.logprobs import sequence_logprobs
 from o1jax.learn.objectives import dpo_loss, sft_loss
 from o1jax.learn.update import LossFn
 from o1jax.models.transformer import Model
+from o1jax.parallel.distributed import fetch
+from o1jax.parallel.sharding import ambient_ways, spread
 from o1jax.sampling.draw import GREEDY, Drawing
-from o1jax.sampling.sampler import Sampler
+from o1jax.sampling.sampler import Sampler, round_up
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import interval, name_ids
 from o1jax.stages.execute import Executor
@@ -70,7 +72,7 @@ def train_tcg(run: Run) -> Any:
     return result | {'tested_problems': len(tests), 'untested_problems': without}
 
   run.stage(STAGE, 'test-case generator: SFT, then DPO on shuffled outputs', body)
-  return run.bench.store.load_params(STAGE, 'dpo')
+  return run.load_params(STAGE, 'dpo')
 
 
 def tcg_table(run: Run) -> list[dict[str, Any]]:
@@ -78,14 +80,14 @@ def tcg_table(run: Run) -> list[dict[str, Any]]:
 
   `stage` is base, sft, sft_control (SFT, then the chosen sides alone) or dpo.
   """
-  config, store = run.config.tcg, run.bench.store
+  config = run.config.tcg
   saved = {'sft': 'sft', 'sft_control': 'control', 'dpo': 'dpo'}
   if not config.control:
     del saved['sft_control']
   problems = run.test[: config.eval_problems]
   rows = []
   for stage in ('base', *saved):
-    params = run.base if stage == 'base' else store.load_params(STAGE, saved[stage])
+    params = run.base if stage == 'base' else run.load_params(STAGE, saved[stage])
     rows.append({'stage': stage} | tcg_quality(run, params, problems, seed=run.config.run.seed))
   return rows
 
@@ -226,12 +228,12 @@ def draw_pairs(run: Run, reference: Any, parts: Sequence[test_parts.Part]) -> Pa
 
 def reference_logprobs(model: Model, params: Any, rows: TokenBatch) -> np.ndarray:
   """Summed log-prob of each row's answer, [N] float32, computed in blocks of one shape."""
-  count = len(rows.tokens)
+  count, size = len(rows.tokens), round_up(_REFERENCE_ROWS, ambient_ways())
   found = []
-  for first in range(0, count, _REFERENCE_ROWS):
-    index = np.minimum(np.arange(first, first + _REFERENCE_ROWS), count - 1)
+  for first in range(0, count, size):
+    index = np.minimum(np.arange(first, first + size), count - 1)
     block = jax.tree.map(lambda x, index=index: x[index], rows)
-    found.append(np.asarray(_logprobs(model, params, block)))
+    found.append(fetch(_logprobs(model, params, spread(block))))
   return np.concatenate(found)[:count] if found else np.zeros(0, np.float32)
 
 
@@ -271,7 +273,7 @@ def _saved(run: Run, name: str, train: Callable[[], Any]) -> Any:
   """Parameters that an earlier session saved as `name`, or else those of `train`, saved."""
   store = run.bench.store
   try:
-    return store.load_params(STAGE, name)
+    return run.load_params(STAGE, name)
   except FileNotFoundError:
     store.save_params(STAGE, name, train())
-    return store.load_params(STAGE, name)  # laid out as a resumed session finds them
+    return run.load_params(STAGE, name)  # laid out as a resumed session finds them

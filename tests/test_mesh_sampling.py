@@ -1,0 +1,92 @@
+"""Sampling, search and scoring over every mesh, in float32: the same tokens, and nothing whole."""
+
+import collections
+
+import jax
+import numpy as np
+import pytest
+from test_mesh_parity import MESHES
+
+from o1jax.models import Model, ModelConfig, StepHead
+from o1jax.parallel import make_mesh, param_shardings, repeated, shard
+from o1jax.sampling import guided as guided_module
+from o1jax.sampling import sampler as sampler_module
+from o1jax.sampling import scorer as scorer_module
+from o1jax.sampling.cache import prefill
+from o1jax.sampling.guided import Guided, StepIds
+from o1jax.sampling.mcts import Search
+from o1jax.sampling.sampler import Sampler
+from o1jax.sampling.scorer import PrmScorer
+
+STEPS = StepIds(step_end=2, terminal=3, eos=1)
+MODEL = Model(ModelConfig(40, 16, 1, 4, 2, 32))
+PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15, 16], [17], [18, 19]]
+SAMPLER = Sampler(MODEL, max_new=8, stop_ids=(1,), rows=20)  # rounded up to what divides
+STATES = {'prefill', 'gather_rows', 'begin', 'run', 'extend'}  # what makes a cache
+LARGE = 8 * 32  # bytes of the smallest cache, log-probs and tokens here
+
+
+def weights():
+  rng = np.random.default_rng(5)  # ends steps and rows often, not always
+  fill = lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32)  # noqa: E731
+  params = jax.tree.map(fill, MODEL.shapes())
+  params['embed'][[1, 2, 3]] *= 2.5
+  return {'trunk': params, 'head': jax.tree.map(fill, StepHead.init(MODEL.config))}
+
+
+def judge(jobs):
+  return [sum(t % 2 == 0 for t in path) / len(path) for _, path in jobs]
+
+
+def everything(prm):
+  """What is drawn, as plain values, and the log-probs and scores beside it."""
+  search = Search(SAMPLER, STEPS, width=2, simulations=2, max_depth=3)
+  forest = search(prm['trunk'], PROMPTS, judge, seed=2)
+  rule = Guided(MODEL, STEPS, children=3, max_step=8, max_program=8, max_depth=2, rows=20)
+  descents = rule(prm['trunk'], PrmScorer(MODEL, prm, rows=20), PROMPTS, seed=1).descents
+  children = [c for d in descents for choice in d.choices for c in choice.children]
+  tokens = {
+    'paths': forest.paths,
+    'rollouts': [r.path for r in forest.rollouts],
+    'visits': forest.tree.visits.tolist(),
+    'descents': [d.tokens for d in descents],
+    'children': [c.tokens for c in children],
+  }
+  return tokens, [sum((r.logprobs for r in forest.rollouts), ()), [c.score for c in children]]
+
+
+@pytest.fixture(scope='module')
+def alone():
+  return everything(weights())
+
+
+@pytest.mark.parametrize('label', MESHES)
+def test_the_same_tokens_over_every_mesh_and_no_cache_is_whole(alone, monkeypatch, label):
+  mesh, whole, seen = make_mesh(MESHES[label]), [], collections.Counter()
+
+  def spied(module, name):
+    real = getattr(module, name)
+
+    def spy(*args, **kwargs):
+      result = real(*args, **kwargs)
+      if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(result)):
+        seen[name] += 1
+        whole.extend(f'{name}{path}' for path in repeated(result, LARGE))
+      return result
+
+    monkeypatch.setattr(module, name, spy)
+
+  for module in (sampler_module, guided_module, scorer_module):
+    for name in STATES & vars(module).keys():
+      spied(module, name)
+  with jax.set_mesh(mesh):
+    prm = weights()
+    tokens, floats = everything(shard(prm, param_shardings(mesh, MODEL, prm)))
+    state = prefill(MODEL, prm['trunk'], np.ones((24, 32), np.int32), np.ones(24, np.int32))
+  assert seen.keys() == STATES and whole == []
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  part = state.cache[0][0].addressable_shards[0].data
+  assert part.shape[:2] == (24 // ways, 2 // mesh.shape['tensor'])
+  assert tokens == alone[0]
+  for found, want in zip(floats, alone[1], strict=True):
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)
