@@ -63,10 +63,12 @@ def training(
 ) -> Flops:
   """Forward and backward pass: three times the forward pass, and what is computed again.
 
-  `remat`: every layer is; `pieces`: the output layer is, as it is read in pieces.
+  `remat`: every layer is, but for its last product, whose result no gradient needs; `pieces`: the
+  output layer is, as it is read in pieces.
   """
   useful = 3 * forward(config, rows, width, read=read, extra=extra).useful
-  again = layers(config, rows * width, width) if remat else 0.0
+  down = 2.0 * rows * width * config.num_layers * config.hidden_size * config.intermediate_size
+  again = layers(config, rows * width, width) - down if remat else 0.0
   again += logits(config, rows * (width - 1)) if read and pieces else 0.0
   return Flops(useful + again, useful)
 

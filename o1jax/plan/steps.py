@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from o1jax.batch import PairBatch, RolloutBatch, StepBatch, TokenBatch
 from o1jax.config import Config, OptimConfig
@@ -22,7 +22,15 @@ from o1jax.learn.state import TrainState
 from o1jax.learn.update import LossFn, make_update
 from o1jax.models.heads import ScalarHead, StepHead, TokenHead
 from o1jax.models.transformer import Model
-from o1jax.parallel.sharding import RULES, batch_sharding, param_shardings, replicated
+from o1jax.parallel.mesh import meshes_that_fit
+from o1jax.parallel.sharding import (
+  RULES,
+  batch_faults,
+  batch_sharding,
+  model_faults,
+  param_shardings,
+  replicated,
+)
 from o1jax.plan import flops
 from o1jax.plan.flops import Flops
 from o1jax.sampling import decode
@@ -52,12 +60,19 @@ def of_run(config: Config, model: Model, mesh: Mesh) -> list[Step]:
   """Every step of the run in the order of its stages.
 
   Raises:
-    ValueError: a parameter or batch that does not divide over the mesh.
+    ValueError: parameters or batches do not divide over the mesh; names meshes over which all do.
   """
   make = _Maker(config, model, mesh)
   found = [*make.tcg(), *make.synthesis(), make.policy_sft(), make.prm(), *make.rl()]
-  for step in found:
-    batch_sharding(mesh, step.rows)
+
+  def faults(mesh: Mesh | AbstractMesh) -> list[str]:
+    rows = {step.key: step.rows for step in found}
+    batches = [f'{key}: {fault}' for key, n in rows.items() for fault in batch_faults(mesh, n)]
+    return batches + model_faults(mesh, model, model.shapes())
+
+  if faults(mesh):
+    fit = meshes_that_fit(mesh.size, lambda other: not faults(other))
+    raise ValueError(f'{"; ".join(faults(mesh))}; for all of it use the mesh {fit}')
   return found
 
 
@@ -199,7 +214,8 @@ class _Maker:
       return update.lower(state, batch(rows, width))
 
     def count(rows: int) -> Flops:
-      pieces = columns_at_once(self.model, rows // optim.accumulate) < width - 1
+      at_once = columns_at_once(self.model, rows // optim.accumulate, width - 1, self.ways)
+      pieces = at_once < width - 1
       args = {'remat': self.model.remat, 'pieces': pieces, 'extra': extra}
       total = flops.training(c, rows * sides, width, **args)
       for _ in range(trunks - 1):

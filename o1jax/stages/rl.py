@@ -16,7 +16,7 @@ from o1jax.data import steps as steps_lib
 from o1jax.data import stepwise
 from o1jax.data.pack import pack
 from o1jax.data.pipeline import batches
-from o1jax.learn.logprobs import token_logprobs
+from o1jax.learn.logprobs import states, token_logprobs
 from o1jax.learn.objectives import (
   dpo_loss,
   ppo_loss,
@@ -186,7 +186,7 @@ def row_logprobs(model, params, batch):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def row_values(model, critic, params, batch):
   """[B, T] values of PPO's critic, a head on the policy's trunk or on its own."""
-  hidden = model.hidden(params['policy'], batch.tokens, batch.positions, batch.segments)
+  hidden = states(model, params['policy'], batch.tokens, batch.positions, batch.segments)
   return _value_fn(model, critic)(params['critic'], hidden, batch)
 
 
