@@ -19,7 +19,7 @@ from o1jax.parallel.sharding import ambient_ways, constrain
 
 # When the caller does not say: logits alive at once on a device (64 MiB of float32), and into how
 # many pieces that may cut a row.
-_LOGITS_AT_ONCE, _MOST_PIECES = 1 << 24, 32
+_LOGITS_AT_ONCE, _MOST_PIECES = 1 << 24, 8
 
 
 def predicted(segments: jax.Array) -> jax.Array:
@@ -98,7 +98,7 @@ def target_logprobs_and_entropy(
 def columns_at_once(model: Model, rows: int, columns: int, ways: int) -> int:
   """How many of `columns` have their logits alive at once, of `rows` that lie on `ways` devices.
 
-  As many as take 64 MiB of a device, and at least one in 32: each piece goes through the whole
+  As many as take 64 MiB of a device, and at least one in 8: each piece goes through the whole
   output layer and adds to its gradient, so of narrow ones memory and network have all the work.
   """
   fit = _LOGITS_AT_ONCE * ways // (rows * model.config.vocab_size)

@@ -64,7 +64,6 @@ def calls(config: Config, steps: list[Step]) -> dict[str, float]:
   """Calls of each step over the run; of sampling as many full ones as the tokens make."""
   by_name = {step.name: step for step in steps}
   rl, rounds = config.rl, config.run.rounds
-  rollouts = rounds * rl.iterations
   found: dict[str, float] = dict(trained(config))
   if 'decode' in by_name:
     found['decode'] = generated(config) / (by_name['decode'].rows * by_name['decode'].width)
@@ -72,10 +71,11 @@ def calls(config: Config, steps: list[Step]) -> dict[str, float]:
     found['prefill'] = sum(sampled(config).values()) / by_name['prefill'].rows
   if 'score' in by_name:
     found['score'] = _scored(config) / by_name['score'].rows
-  found['rl/logprobs'] = rollouts * (bool(rl.kl_coef) + bool(rl.importance_cap))
-  if rl.algorithm == 'dpo':
-    found['rl/logprobs'] = rollouts * 2
-  found['rl/values'] = rollouts
+  # As many rows at once as in an update, so that an iteration has as many calls as updates.
+  reads = 2 if rl.algorithm == 'dpo' else bool(rl.kl_coef) + bool(rl.importance_cap)
+  once = rounds * rl.iterations * (rl.rows // rl.minibatch)
+  found['tcg/logprobs'] = 2 * config.tcg.dpo.steps  # both sides of every pair
+  found |= {'rl/logprobs': once * reads, 'rl/values': once}
   paths = sampled(config)
   scored = paths['rl'] + paths['prm dev'] + paths['prm test']
   if 'prm/scores' in by_name:

@@ -79,7 +79,7 @@ def estimate(step: Step, topology: Topology, dtype: str, rows: int = 0) -> Estim
     compiled.memory_analysis(),
     Program(compiled.as_text(), unknown_trips=step.trips),
   )
-  peak = peak_bytes(memory)
+  peak = peak_bytes(memory, topology.chip.platform)
   traffic = program.traffic
   if topology.chip.platform == 'cpu':
     # The CPU's fusions are not the chip's: no less than to read what is given and write the result.
@@ -113,16 +113,17 @@ def largest_rows(
   return low * step.unit
 
 
-def peak_bytes(memory: Any) -> int:
+def peak_bytes(memory: Any, platform: str) -> int:
   """The most that lies in a device's memory at once, arguments included.
 
   Args:
     memory: `compiled.memory_analysis()`.
+    platform: 'tpu', whose compiler says it; for 'cpu', whose peak leaves temporaries out, the sum.
   """
+  if platform == 'tpu':
+    return memory.peak_memory_in_bytes
   kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  summed = memory.argument_size_in_bytes + kept + memory.temp_size_in_bytes
-  # TPU: temporaries are in the peak only; CPU: the peak leaves them out.
-  return max(memory.peak_memory_in_bytes, summed)
+  return memory.argument_size_in_bytes + kept + memory.temp_size_in_bytes
 
 
 def _roofline(

@@ -95,7 +95,15 @@ class _Maker:
     config, width = self.config.tcg, self.config.tcg.row_tokens
     sft = self._training('tcg/sft', 'tcg.sft.batch', config.sft, sft_loss(self.model), width=width)
     pairs = {'dpo': 1.0, 'control': 0.0} if config.control else {'dpo': 1.0}
-    return [sft] + [
+
+    def lower(rows: int) -> jax.stages.Lowered:
+      batch, params = self._token_batch(rows, width), self._placed(self.model.shapes())
+      return tcg.answer_logprobs.lower(self.model, params, batch)
+
+    count = lambda n: flops.forward(self.model.config, n, width)  # noqa: E731
+    rows = config.dpo.batch
+    read = self._step('tcg/logprobs', 'tcg.dpo.batch', rows, width, lower, count)
+    return [sft, read] + [
       self._training(
         f'tcg/{name}',
         'tcg.dpo.batch',
@@ -136,13 +144,13 @@ class _Maker:
       args = {'batch': self._rollout_batch, 'trunks': 1 + (config.critic == 'own')}
       args['trunks'] = args['trunks'] if config.algorithm == 'ppo' else 1
     found = [self._training('rl', 'rl.minibatch', optim, loss, params=params, **args)]
-    half = config.algorithm == 'dpo'
-    if config.kl_coef or config.importance_cap or half:
-      found.append(self._reading('rl/logprobs', config.rows // (1 + half), self._lower_logprobs))
+    args = {'rows': optim.batch, 'key': 'rl.minibatch'}  # as many at once as in an update
+    if config.kl_coef or config.importance_cap or config.algorithm == 'dpo':
+      found.append(self._reading('rl/logprobs', lower=self._lower_logprobs, **args))
     if config.algorithm == 'ppo':
-      found.append(self._reading('rl/values', config.rows, self._lower_values, read=False))
+      found.append(self._reading('rl/values', lower=self._lower_values, read=False, **args))
     rows = self.config.prm.optim.batch
-    return [*found, self._reading('prm/scores', rows, self._lower_scores, key='prm.optim.batch')]
+    return [*found, self._reading('prm/scores', 'prm.optim.batch', rows, self._lower_scores)]
 
   def synthesis(self) -> list[Step]:
     """Prefill and decoding, of search, roll-outs and evaluation alike, and the PRM's scoring."""
@@ -224,7 +232,7 @@ class _Maker:
 
     return self._step(name, key, optim.batch, width, lower, count, unit=optim.accumulate)
 
-  def _reading(self, name, rows, lower, *, read=True, key='rl.problems') -> Step:
+  def _reading(self, name, key, rows, lower, *, read=True) -> Step:
     """A forward pass over `rows` whole rows."""
     c = self.model.config
     count = lambda n: flops.forward(c, n, self.width, read=read)  # noqa: E731

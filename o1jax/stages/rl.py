@@ -190,9 +190,18 @@ def row_values(model, critic, params, batch):
   return _value_fn(model, critic)(params['critic'], hidden, batch)
 
 
-def _read(of: Callable[..., jax.Array], *args: Any) -> np.ndarray:
-  """What a model says of the rows of the last argument, a host batch spread over the mesh."""
-  return fetch(of(*args[:-1], spread(args[-1])))
+def _read(size: int, of: Callable[..., jax.Array], *args: Any) -> np.ndarray:
+  """What a model says of the rows of the last argument, a host batch: `size` rows at once.
+
+  Those of an iteration together would need more memory than the updates do.
+  """
+  *fixed, batch = args
+  count = len(jax.tree.leaves(batch)[0])
+  parts = []
+  for first in range(0, count, size):
+    part = jax.tree.map(lambda x, first=first: x[first : first + size], batch)
+    parts.append(fetch(of(*fixed, spread(part))))
+  return np.concatenate(parts)
 
 
 def _learn(run: Run, update, state, reference, rollouts: Rollouts, alpha, iteration, rng):
@@ -214,9 +223,9 @@ def _minibatches(run: Run, state, reference, rollouts: Rollouts, alpha, iteratio
   config = run.config.rl
   size = config.minibatch
   if config.algorithm == 'dpo':
-    ref_logprobs = lambda side: _read(row_logprobs, run.model, reference, side)  # noqa: E731
-    whole = pair_batch(config, rollouts, alpha, ref_logprobs, config.rows // 2)
     size = max(1, config.minibatch // 2)
+    ref_logprobs = lambda side: _read(size, row_logprobs, run.model, reference, side)  # noqa: E731
+    whole = pair_batch(config, rollouts, alpha, ref_logprobs, config.rows // 2)
   else:
     whole = _rollout_batch(run, state, reference, rollouts, alpha, iteration)
   count = len(jax.tree.leaves(whole)[0])
@@ -236,12 +245,14 @@ def _rollout_batch(
   plain = rollout_batch(config, rollouts, alpha, values=None, **args)
   views = TokenBatch(plain.tokens, plain.positions, plain.segments, plain.mask)
   if config.kl_coef:
-    args['ref_logprobs'] = _read(row_logprobs, run.model, reference, views)
+    args['ref_logprobs'] = _read(config.minibatch, row_logprobs, run.model, reference, views)
   if config.importance_cap:
-    args['now_logprobs'] = _read(row_logprobs, run.model, _policy_of(state.params), views)
+    args['now_logprobs'] = _read(
+      config.minibatch, row_logprobs, run.model, _policy_of(state.params), views
+    )
   values = None
   if config.algorithm == 'ppo':
-    values = _read(row_values, run.model, config.critic, state.params, views)
+    values = _read(config.minibatch, row_values, run.model, config.critic, state.params, views)
   return rollout_batch(config, rollouts, alpha, values=values, **args)
 
 

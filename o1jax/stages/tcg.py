@@ -26,9 +26,9 @@ from o1jax.learn.objectives import dpo_loss, sft_loss
 from o1jax.learn.update import LossFn
 from o1jax.models.transformer import Model
 from o1jax.parallel.distributed import fetch
-from o1jax.parallel.sharding import ambient_ways, spread
+from o1jax.parallel.sharding import spread
 from o1jax.sampling.draw import GREEDY, Drawing
-from o1jax.sampling.sampler import Sampler, round_up
+from o1jax.sampling.sampler import Sampler
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import interval, name_ids
 from o1jax.stages.execute import Executor
@@ -37,7 +37,6 @@ from o1jax.types import ACCEPTED, Problem, TestCase
 
 STAGE = 'tcg'
 _TESTS = 'tcg_tests'  # the folder of what `write_tests` keeps; made within the stage
-_REFERENCE_ROWS = 64  # pairs whose reference log-probs are computed at once
 
 Cases = tuple[TestCase, ...]
 
@@ -222,22 +221,22 @@ def draw_pairs(run: Run, reference: Any, parts: Sequence[test_parts.Part]) -> Pa
     most=config.dpo.steps * config.dpo.batch,
     seed=run.config.run.seed,
   )
-  logprobs = [reference_logprobs(run.model, reference, rows) for rows in (chosen, rejected)]
+  size = config.dpo.batch  # an update reads as many, and they divide over the mesh
+  logprobs = [reference_logprobs(run.model, reference, rows, size) for rows in (chosen, rejected)]
   return PairBatch(chosen, rejected, *logprobs)
 
 
-def reference_logprobs(model: Model, params: Any, rows: TokenBatch) -> np.ndarray:
-  """Summed log-prob of each row's answer, [N] float32, computed in blocks of one shape."""
-  count, size = len(rows.tokens), round_up(_REFERENCE_ROWS, ambient_ways())
-  found = []
+def reference_logprobs(model: Model, params: Any, rows: TokenBatch, size: int) -> np.ndarray:
+  """Summed log-prob of each row's answer, [N] float32, computed in blocks of `size` rows."""
+  count, found = len(rows.tokens), []
   for first in range(0, count, size):
     index = np.minimum(np.arange(first, first + size), count - 1)
     block = jax.tree.map(lambda x, index=index: x[index], rows)
-    found.append(fetch(_logprobs(model, params, spread(block))))
+    found.append(fetch(answer_logprobs(model, params, spread(block))))
   return np.concatenate(found)[:count] if found else np.zeros(0, np.float32)
 
 
-_logprobs = jax.jit(sequence_logprobs, static_argnums=0)
+answer_logprobs = jax.jit(sequence_logprobs, static_argnums=0)
 
 
 def _fit_sft(run: Run, documents: Sequence[Document]) -> Any:
