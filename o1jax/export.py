@@ -1,11 +1,12 @@
 """Writes what a run trained as a Hub folder, which transformers opens.
 
     python -m o1jax.export RUN --out DIR [--stage round1/rl] [--dtype bfloat16] [--base DIR]
-                           [--force]
+                           [--adapter] [--force]
 
 A stage is a folder under the run's `stages/`; where it holds several models, one of them is named
 as well: `tcg/dpo`. Default is the last policy. A PRM becomes its trunk, with the head beside it in
-`prm_head.safetensors` (`o1jax.models.prm_folder.load` reads both).
+`prm_head.safetensors` (`o1jax.models.prm_folder.load` reads both). What a run trained as an adapter
+is merged into the base as the run had it, or with --adapter written as a folder that peft opens.
 
 Exit codes: 0 done, 2 a fault of what was asked for; nothing is half-written.
 """
@@ -27,13 +28,21 @@ import jax
 
 from o1jax import config as config_lib
 from o1jax.config import closest
-from o1jax.models import hf, prm_folder
+from o1jax.models import hf, lora, peft_folder, prm_folder
 from o1jax.models.config import DTYPES
 from o1jax.models.transformer import Model
 from o1jax.run import checkpoints, files, store
 from o1jax.stages.setup import model_folder
 
-_WRITTEN = {hf.CONFIG, hf.WEIGHTS, hf.GENERATION, prm_folder.HEAD, *hf.TOKENIZER_FILES}
+_WRITTEN = {
+  peft_folder.CONFIG,
+  peft_folder.WEIGHTS,
+  hf.CONFIG,
+  hf.WEIGHTS,
+  hf.GENERATION,
+  prm_folder.HEAD,
+  *hf.TOKENIZER_FILES,
+}
 _POLICY = re.compile(r'round(\d+)/(policy_sft|rl)/policy')
 
 
@@ -44,6 +53,7 @@ def export(
   *,
   dtype: str | None = None,
   base: str | os.PathLike | None = None,
+  adapter: bool = False,
   force: bool = False,
 ) -> str:
   """Writes one model of a run as a Hub folder; returns a line about it.
@@ -54,10 +64,12 @@ def export(
     stage: as `stages/` has it, e.g. 'round1/rl', 'round0/prm', 'tcg/sft'; None: the last policy.
     dtype: convert to this type; default is that of the base model. A PRM's head stays float32.
     base: folder of the model that the run started from, if it is elsewhere by now.
+    adapter: write the adapter alone, for peft, in place of a whole model.
 
   Raises:
     FileNotFoundError: no run, or no base model.
-    ValueError: no such stage or type, a base of other shapes, or `out` cannot be replaced.
+    ValueError: no such stage or type, a base of other shapes, no adapter where one is asked for, or
+      `out` cannot be replaced.
   """
   run, out = pathlib.Path(run), pathlib.Path(out).resolve()
   if dtype not in (None, *DTYPES):
@@ -67,19 +79,50 @@ def export(
   name = choose(store.saved_params(run), stage, run)
   _check_out(out, force)
   model = hf.read_model(source)
-  params = checkpoints.load_tree(run / 'stages' / name)
-  trunk = params['trunk'] if prm_folder.is_prm(params) else params
+  params = _loaded(run, name, source)
+  is_prm = prm_folder.is_prm(params)
+  if adapter:
+    return _export_adapter(out, name, params, source)
+  params = lora.merged(params, dtype=dtype)
+  trunk = params['trunk'] if is_prm else params
   _check_shapes(model, trunk, name, source)
   model = Model(dataclasses.replace(model.config, dtype=dtype or model.config.dtype))
   trunk = jax.tree.map(lambda x: x.astype(model.config.dtype), trunk)
   generation = files.read_json(source / hf.GENERATION)
   with _replacing(out) as folder:
-    if prm_folder.is_prm(params):
+    if is_prm:
       prm_folder.save(folder, model, params | {'trunk': trunk}, source, generation)
     else:
       hf.save(folder, model, trunk, source, generation)
   count = sum(x.size for x in jax.tree.leaves(params))
   return f'wrote {out}: {name}, {count:,} parameters, {model.config.dtype}'
+
+
+def _loaded(run: pathlib.Path, name: str, source: pathlib.Path) -> Any:
+  """The parameters as the run had them: adapters over its base, in four bits where that was so."""
+  saved = checkpoints.load_tree(run / 'stages' / name)
+  if not lora.is_detached(saved):
+    return saved
+  config = files.read_json(run / 'run.json')['config']
+  base = hf.load(source, dtype=config['model']['dtype'])[1]
+  if config['lora']['base'] == 'nf4':
+    base = lora.quantised(base)
+  try:
+    return lora.attached(base, saved)
+  except ValueError as error:
+    text = f'{name} is not of the base model {str(source)!r}: {error}'
+    raise ValueError(f'{text}; name the base model of the run by --base DIR') from None
+
+
+def _export_adapter(out: pathlib.Path, name: str, params: Any, source: pathlib.Path) -> str:
+  trunk = params['trunk'] if prm_folder.is_prm(params) else params
+  if not lora.is_adapted(trunk):
+    raise ValueError(f'--adapter: {name} has none, all of its weights were trained; leave it out')
+  with _replacing(out) as folder:
+    peft_folder.save(folder, trunk, source.resolve(), source)
+    if prm_folder.is_prm(params):
+      prm_folder.save_head(folder, params['head'])
+  return f'wrote {out}: {name}, adapter for {source}'
 
 
 def choose(saved: Sequence[str], stage: str | None, run: pathlib.Path) -> str:
@@ -189,11 +232,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--stage', metavar='S', help='default: the last policy')
   parser.add_argument('--dtype', metavar='T', help=f'{", ".join(DTYPES)}; default: as the base')
   parser.add_argument('--base', metavar='DIR', help='base model; default: model.path of the run')
+  parser.add_argument('--adapter', action='store_true', help='the adapter alone, for peft')
   parser.add_argument('--force', action='store_true', help='replace an earlier export')
   args = parser.parse_args(argv)
   try:
-    options = {'dtype': args.dtype, 'base': args.base, 'force': args.force}
-    print(export(args.run, args.out, args.stage, **options))
+    options = ('dtype', 'base', 'adapter', 'force')
+    chosen = {name: getattr(args, name) for name in options}
+    print(export(args.run, args.out, args.stage, **chosen))
   except (ValueError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2

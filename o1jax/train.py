@@ -17,11 +17,12 @@ from o1jax import cli
 
 def loop(run) -> dict[str, Any]:
   """Trains through all rounds and returns the summary of the run."""
+  from o1jax.stages.control import expert_iteration
   from o1jax.stages.policy_sft import finetune_policy
   from o1jax.stages.prm import train_prm
   from o1jax.stages.report import Candidate, policy_rows, prm_row, search_row, tcg_rows
-  from o1jax.stages.rl import expert_iteration, improve_policy
-  from o1jax.stages.synthesis import synthesize
+  from o1jax.stages.rl import improve_policy
+  from o1jax.stages.synthesis import sample_tuned, synthesize
   from o1jax.stages.tcg import train_tcg, write_tests
 
   policy, prm, found = run.base, None, []
@@ -33,10 +34,11 @@ def loop(run) -> dict[str, Any]:
     found += synthesize(run, round_, searcher, prm, found)  # steps 2 and 6: search, execute
     policy = finetune_policy(run, round_, searcher, found)  # step 3: learn verified paths
     policies.append(Candidate(f'round{round_}/sft', policy))
+    found += sample_tuned(run, round_, policy)
     prm = train_prm(run, round_, policy, found)  # step 4: learn to judge a step
     prms.append((searcher, policy, prm))
     before, known = policy, list(found)
-    policy, rollouts = improve_policy(run, round_, policy, prm, tests)  # step 5
+    policy, rollouts = improve_policy(run, round_, policy, prm, tests, known)  # step 5
     policies.append(Candidate(f'round{round_}/rl', policy))
     found += rollouts
     if round_ == 0 and run.config.rl.control:

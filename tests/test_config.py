@@ -163,3 +163,16 @@ def test_reads_without_jax():
     'sys.exit(any(m in sys.modules for m in ("jax", "numpy", "transformers")))'
   )
   assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+  'given, text',
+  [
+    ({'policy': {'modules': ['w_proj']}}, "'w_proj' is none of q_proj, k_proj"),
+    ({'policy': {'modules': []}}, r"chooses nothing; use \['\*_proj'\]"),
+    ({'base': 'nf4', 'policy': {'rank': 1}}, 'lora.tcg.rank=0 trains all weights; use a rank of 1'),
+  ],
+)
+def test_adapters_that_cannot_be(given, text):
+  with pytest.raises(ConfigError, match=text):
+    config_lib.check({'lora': given})

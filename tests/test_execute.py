@@ -6,7 +6,15 @@ from o1jax.data.steps import program_step
 from o1jax.sandbox.pool import Pool
 from o1jax.sandbox.protocol import Limits
 from o1jax.stages.execute import Executor
-from o1jax.types import ACCEPTED, COMPILE_ERROR, TIME_LIMIT, Problem, Step, TestCase
+from o1jax.types import (
+  ACCEPTED,
+  COMPILE_ERROR,
+  TIME_LIMIT,
+  WRONG_ANSWER,
+  Problem,
+  Step,
+  TestCase,
+)
 
 DOUBLE = 'print(2 * int(input()))'
 TESTS = (TestCase('1', '2'), TestCase('4', '8'))
@@ -56,3 +64,20 @@ def test_the_reference_sets_the_cpu_limit(pool):
   assert statuses(Executor(pool), untimed, path) == [ACCEPTED]
   wrong = Problem('wrong reference', '', tests=TESTS, solutions=('print(0)',))
   assert statuses(Executor(pool), wrong, path) == [ACCEPTED]
+
+
+def test_given_tests_take_the_place_of_assertions(pool):
+  """Generated cases of a HumanEval problem; an empty tuple leaves it with its own assertions."""
+  code = 'def add(x):\n    return x + 1'
+  problem = Problem(
+    'add',
+    '',
+    entry_point='add',
+    solutions=(code,),
+    test_code='def check(candidate):\n    assert candidate(1) == 2\ncheck(add)',
+  )
+  wrong = (TestCase('[1]', '3', origin='tcg'),)
+  path = (program_step(code),)
+  own, generated = Executor(pool).judge([problem] * 2, [path] * 2, [(), wrong])
+  assert own.status == ACCEPTED and len(own.tests) == 1
+  assert generated.status == WRONG_ANSWER

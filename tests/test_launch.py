@@ -91,6 +91,34 @@ def test_tpu_vm_asks_again_after_a_preemption(tmp_path, last, code):
   assert 'start 1: preempted (exit 255)' in got.stderr
 
 
+# In the place of Python: says what it was started with, and waits to be ended if it is told to.
+PROCESS = """#!/usr/bin/env bash
+echo "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS $XLA_FLAGS $*"
+if [[ -n "${HANG:-}" ]]; then trap 'exit 143' TERM; while true; do sleep 0.05; done; fi
+exit $((3 * JAX_PROCESS_ID))
+"""
+
+
+@pytest.mark.parametrize('hang', ['', '1'])
+def test_local_starts_processes_and_hands_on_signals_and_exit_codes(tmp_path, hang):
+  (tmp_path / 'python').write_text(PROCESS)
+  (tmp_path / 'python').chmod(0o755)
+  env = os.environ | {'PYTHON': str(tmp_path / 'python'), 'HANG': hang, 'XLA_FLAGS': ''}
+  command = ['bash', str(LAUNCH / 'local.sh'), 'run.seed=1']
+  with subprocess.Popen(
+    command, env=env | {'PROCESSES': '2'}, stdout=subprocess.PIPE, text=True
+  ) as local:
+    said = [local.stdout.readline(), local.stdout.readline()]
+    if hang:
+      local.terminate()
+    assert local.wait(60) == (143 if hang else 3)
+  assert sorted(line[:25] for line in said) == [f'{i} of 2 at 127.0.0.1:12355'[:25] for i in (0, 1)]
+  for line in said:
+    assert '--xla_force_host_platform_device_count=4' in line and line.endswith('run.seed=1\n')
+  got = launched('local.sh', PROCESSES='3')
+  assert got.returncode == 2 and 'DEVICES=8 do not divide over PROCESSES=3' in got.stderr
+
+
 def test_xpk_prints_its_command():
   (command,) = printed(launched('xpk.sh', '--print', *ARGS, XLA_PRESET='tpu_overlap', **XPK))
   assert command[:3] == ['xpk', 'workload', 'create']

@@ -7,10 +7,13 @@ import pathlib
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 
 import pytest
+
+from o1jax.run import files
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -127,3 +130,53 @@ def test_stopped_by_signals_it_says_so_and_ends_with_the_same_summary(whole, tmp
   last = train(folder, rare)
   assert last.returncode == 0, last.stderr[-3000:]
   assert summary_of(folder) == summary_of(whole)
+
+
+def over(folder, processes, config):
+  """The whole loop over two devices, all in one process or one in each of two; its summary."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  flags = f'--xla_force_host_platform_device_count={2 // processes}'
+  env = PLAIN['env'] | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, 'PYTHONPATH': str(ROOT)}
+  if processes > 1:
+    env |= {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': str(processes)}
+  command = [sys.executable, '-m', 'o1jax.train', '--config', str(config)]
+  pipes = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.PIPE, 'text': True, 'cwd': ROOT}
+  running = [
+    subprocess.Popen(
+      [*command, f'run.dir={folder}', 'mesh.data=2'], **pipes, env=env | {'JAX_PROCESS_ID': str(i)}
+    )
+    for i in range(processes)
+  ]
+  try:
+    told = [process.communicate(timeout=1500)[1] for process in running]
+  finally:
+    for process in running:
+      process.kill()
+  assert [process.returncode for process in running] == [0] * processes, told[0][-3000:]
+  return summary_of(folder)
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_summary_of_one(tmp_path):
+  config = ROOT / 'configs/smoke.yaml'
+  one, two = (over(tmp_path / str(n), n, config) for n in (1, 2))
+  assert rounded(two) == rounded(one)
+  # Every roll-out of search and RL, token for token.
+  for chunk in sorted((tmp_path / '1').glob('stages/**/trajectories/*.jsonl')):
+    other = tmp_path / '2' / chunk.relative_to(tmp_path / '1')
+    assert paths_in(other) == paths_in(chunk)
+
+
+def paths_in(chunk):
+  return [(row['problem_id'], row['completions']) for row in files.read_jsonl(chunk)]
+
+
+def rounded(value):
+  """Floats to four digits: sums over devices are added in another order between processes."""
+  if isinstance(value, dict):
+    return {key: rounded(inner) for key, inner in value.items()}
+  if isinstance(value, list):
+    return [rounded(inner) for inner in value]
+  return round(value, 4) if isinstance(value, float) else value

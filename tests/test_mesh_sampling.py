@@ -1,6 +1,7 @@
 """Sampling, search and scoring over every mesh, in float32: the same tokens, and nothing whole."""
 
 import collections
+import dataclasses
 
 import jax
 import numpy as np
@@ -9,7 +10,8 @@ from test_mesh_parity import MESHES
 
 from o1jax.models import Model, ModelConfig, StepHead
 from o1jax.parallel import make_mesh, param_shardings, repeated, shard
-from o1jax.sampling import guided as guided_module
+from o1jax.sampling import paged as paged_module
+from o1jax.sampling import paths as paths_module
 from o1jax.sampling import sampler as sampler_module
 from o1jax.sampling import scorer as scorer_module
 from o1jax.sampling.cache import prefill
@@ -22,7 +24,8 @@ STEPS = StepIds(step_end=2, terminal=3, eos=1)
 MODEL = Model(ModelConfig(40, 16, 1, 4, 2, 32))
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15, 16], [17], [18, 19]]
 SAMPLER = Sampler(MODEL, max_new=8, stop_ids=(1,), rows=20)  # rounded up to what divides
-STATES = {'prefill', 'gather_rows', 'begin', 'run', 'extend'}  # what makes a cache
+# What makes a cache.
+STATES = {'prefill', 'gather_rows', 'begin', 'run', 'extend', 'gather', 'refill', '_begin'}
 LARGE = 8 * 32  # bytes of the smallest cache, log-probs and tokens here
 
 
@@ -40,19 +43,26 @@ def judge(jobs):
 
 def everything(prm):
   """What is drawn, as plain values, and the log-probs and scores beside it."""
-  search = Search(SAMPLER, STEPS, width=2, simulations=2, max_depth=3)
-  forest = search(prm['trunk'], PROMPTS, judge, seed=2)
+  few = dataclasses.replace(SAMPLER, rows=6)  # so that others wait for their places
+  search = Search(few, STEPS, width=2, simulations=2, max_depth=3)
+  forest = search(prm['trunk'], PROMPTS * 3, judge, seed=2)
+  drawn = SAMPLER(prm['trunk'], PROMPTS, seed=3, samples=3)
   rule = Guided(MODEL, STEPS, children=3, max_step=8, max_program=8, max_depth=2, rows=20)
   descents = rule(prm['trunk'], PrmScorer(MODEL, prm, rows=20), PROMPTS, seed=1).descents
   children = [c for d in descents for choice in d.choices for c in choice.children]
   tokens = {
+    'drawn': drawn.tokens.tolist(),
     'paths': forest.paths,
     'rollouts': [r.path for r in forest.rollouts],
     'visits': forest.tree.visits.tolist(),
     'descents': [d.tokens for d in descents],
     'children': [c.tokens for c in children],
   }
-  return tokens, [sum((r.logprobs for r in forest.rollouts), ()), [c.score for c in children]]
+  return tokens, [
+    drawn.logprobs,
+    sum((r.logprobs for r in forest.rollouts), ()),
+    [c.score for c in children],
+  ]
 
 
 @pytest.fixture(scope='module')
@@ -76,7 +86,7 @@ def test_the_same_tokens_over_every_mesh_and_no_cache_is_whole(alone, monkeypatc
 
     monkeypatch.setattr(module, name, spy)
 
-  for module in (sampler_module, guided_module, scorer_module):
+  for module in (sampler_module, paged_module, paths_module, scorer_module):
     for name in STATES & vars(module).keys():
       spied(module, name)
   with jax.set_mesh(mesh):

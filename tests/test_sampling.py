@@ -6,73 +6,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampling_cases import (
+  EOS,
+  MAX_NEW,
+  MODEL,
+  PROMPTS,
+  STEP_END,
+  STEPS,
+  TERMINAL,
+  forward_of,
+  pad,
+  tiny_params,
+)
 
-from o1jax.models import Model, ModelConfig, StepHead
+from o1jax.models import StepHead
 from o1jax.sampling.cache import extend, gather_rows, grow, prefill, repeat_rows
 from o1jax.sampling.decode import decode
 from o1jax.sampling.draw import Drawing, draw, inverse_cdf
-from o1jax.sampling.guided import Guided, StepIds
+from o1jax.sampling.guided import Guided
 from o1jax.sampling.keys import row_keys, stable_id
 from o1jax.sampling.mcts import Search
 from o1jax.sampling.sampler import Sampler
 from o1jax.sampling.scorer import PrmScorer
 from o1jax.search import ROOT, UNVISITED
 
-VOCAB, EOS, STEP_END, TERMINAL = 40, 1, 2, 3
-STEPS = StepIds(step_end=STEP_END, terminal=TERMINAL, eos=EOS)
-MAX_NEW = 12
-PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15, 16], [17]]
-
 
 @pytest.fixture(scope='module')
 def model():
-  return Model(
-    ModelConfig(
-      vocab_size=VOCAB,
-      hidden_size=16,
-      num_layers=2,
-      num_heads=4,
-      num_kv_heads=2,
-      intermediate_size=32,
-    )
-  )
+  return MODEL
 
 
 @pytest.fixture(scope='module')
-def params(model):
-  rng = np.random.default_rng(5)  # a model that ends steps and rows often, not always
-
-  def fill(path, shape):
-    norm = 'norm' in jax.tree_util.keystr(path)
-    # Wide, so that the distributions are far from uniform.
-    return jnp.asarray(norm + 0.3 * rng.normal(size=shape.shape), jnp.float32)
-
-  params = jax.tree_util.tree_map_with_path(fill, model.shapes())
-  return params | {'embed': params['embed'].at[jnp.array([EOS, STEP_END, TERMINAL])].mul(2.5)}
-
-
-def pad(rows, width):
-  tokens = np.zeros((len(rows), width), np.int32)
-  for r, row in enumerate(rows):
-    tokens[r, : len(row)] = row
-  return tokens, np.array([len(r) for r in rows], np.int32)
+def params():
+  return tiny_params()
 
 
 @pytest.fixture(scope='module')
-def full_logprobs(model, params):
-  """Log-probs [n, 32, V] of the token after each prefix, by the uncached forward."""
-
-  @jax.jit
-  def forward(tokens, positions, segments):
-    hidden = model.hidden(params, tokens, positions, segments)
-    return jax.nn.log_softmax(model.logits(params, hidden))
-
-  def of(rows):
-    tokens, lengths = pad(rows, 32)
-    at = np.broadcast_to(np.arange(32), tokens.shape)
-    return np.asarray(forward(tokens, at, (at < lengths[:, None]).astype(np.int32)))
-
-  return of
+def full_logprobs():
+  return forward_of(32)
 
 
 @pytest.fixture(scope='module')

@@ -123,7 +123,8 @@ def draw_steps(rng):
 
 def stack(rows):
   fields = {k: jnp.array([[s[k] for s in row] for row in rows]) for k in rows[0][0]}
-  return NewChildren(**fields, valid=jnp.ones((len(rows), WIDTH), bool))
+  shape = (len(rows), WIDTH)
+  return NewChildren(**fields, gumbel=jnp.zeros(shape), valid=jnp.ones(shape, bool))
 
 
 def run_both(seeds, rule, plain_rule, simulations=6):
@@ -201,7 +202,7 @@ def test_equal_siblings_are_one_node_and_masked_returns_count_nothing():
   rows = [[step | {'identity': 7}, step | {'identity': 7}, step | {'identity': 9}]]
   tree, nodes = expand(tree, jnp.array([ROOT]), stack(rows))
   assert nodes.tolist() == [[1, 1, 2]]
-  assert tree.children[0, ROOT].tolist() == [1, UNVISITED, 2]
+  assert tree.children[0, ROOT].tolist() == [1, 2, UNVISITED]
   np.testing.assert_allclose(tree.prior[0, 1:3], 0.5, atol=1e-6)
   values = jnp.array([[1.0, 0.5, jnp.nan]])
   tree = backup(tree, nodes, values, ~jnp.isnan(values))
@@ -238,11 +239,15 @@ def test_cut_leaves_are_never_selected_and_close_their_parents():
 
 def test_rules_against_hand_numbers():
   children = ChildStats(
+    exists=jnp.ones((1, 3), bool),
     visits=jnp.array([[4, 1, 0]]),
+    picks=jnp.array([[4, 1, 0]]),
     means=jnp.array([[0.5, 1.0, 0.0]]),
     prior=jnp.array([[0.5, 0.3, 0.2]]),
     score=jnp.array([[0.9, 0.9, 0.6]]),
+    gumbel=jnp.zeros((1, 3)),
     parent_visits=jnp.array([5]),
+    parent_score=jnp.array([0.5]),
   )
   np.testing.assert_allclose(
     uct(children, 2.0)[0, :2], [0.5 + 2 * 0.6343182, 1.0 + 2 * 1.2686363], rtol=1e-6

@@ -9,6 +9,7 @@ fields goes into the section's `relations`.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -29,6 +30,9 @@ FREE_KEYS = (
   'sandbox.url',
   'metrics',
 )
+
+# What an adapter can be for, by its name on the Hub.
+PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -122,9 +126,12 @@ class ModelSection(Section):
   """Which base model to start from."""
 
   path: str = 'embedded'  # 'embedded' (o1jax/base_model), or a folder in the Hub's layout
-  dtype: Literal['float32', 'bfloat16'] = 'float32'  # of the computation
-  # Layers are computed again in the backward pass instead of kept: less memory, a third more work.
-  remat: bool = False
+  dtype: Literal['float32', 'bfloat16'] = 'float32'  # of the weights and of the computation
+  # Prompts go through the tokenizer's chat template, as the one message of a user.
+  chat: bool = False
+  # Of whole rows in training and scoring; 'auto' is by platform and shape (models/backends.py).
+  attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'
+  remat: bool = False  # recompute each layer in the backward pass: less memory, a third more work
 
 
 class DataConfig(Section):
@@ -201,6 +208,7 @@ class SearchConfig(Section):
   simulations: Count = 12  # roll-outs of one problem
   children: Count = 4  # steps sampled for an expansion
   depth_limit: Count = 9  # steps
+  max_step_tokens: Count = 24  # of one step of a PRM-guided descent, its program excepted
   c: NonNegative = 2.0  # exploration
   c_schedule: Literal['constant', 'linear', 'exponential'] = 'constant'  # to a tenth
   temperature: Positive = 1.0
@@ -223,6 +231,9 @@ class PrmConfig(Section):
   """The process reward model."""
 
   optim: OptimConfig = OptimConfig(lr=1e-3, steps=200, batch=32)
+  # Roll-outs of the fine-tuned policy for each problem of the round, to learn from beside those of
+  # search: they hold the mistakes it still makes, and solve more than the policy that searched.
+  samples: Natural = 0
   mode: Literal['pointwise', 'pairwise', 'both'] = 'both'
   # What a roll-out is worth to its steps: 1 if its program passes every test, else 0 (accepted), or
   # search's terminal reward, in which a wrong program that passes most tests is worth most.
@@ -250,6 +261,9 @@ class RlConfig(Section):
   algorithm: Literal['ppo', 'grpo', 'dpo'] = 'grpo'
   iterations: Count = 24
   problems: Count = 48  # of one iteration
+  # Draw problems the oftener the more of their latest roll-outs failed, not all alike: a group that
+  # succeeds as a whole teaches nothing (arXiv 2501.12599, sec. 2.3.4).
+  prioritised: bool = False
   group: Count = 8  # rollouts of one problem
   minibatch: Count = 96  # rows of one update
   epochs: Count = 1  # passes over an iteration's rollouts
@@ -279,6 +293,9 @@ class RlConfig(Section):
   tau_fail: float = 0.0
   negative_scale: NonNegative = 1.0  # multiplies negative advantages
   imitation_coef: NonNegative = 0.0  # NLL of verified rollouts
+  # Updates of an iteration, behind those on its rollouts, on the verified paths of the whole run
+  # and of all iterations so far, as policy_sft makes them (self-imitation, arXiv 1806.05635).
+  replay: Natural = 0
   gae_lambda: Share = 0.95
   gae: Literal['token', 'step'] = 'token'  # what lambda counts ('ppo')
   critic: Literal['policy', 'own'] = 'policy'  # the trunk of the critic's head ('ppo')
@@ -299,13 +316,18 @@ class RlConfig(Section):
     return self.problems * self.group
 
   @property
+  def updates(self) -> int:
+    """Updates of the whole stage."""
+    return self.iterations * (self.epochs * (self.rows // self.minibatch) + self.replay)
+
+  @property
   def optim(self) -> OptimConfig:
     """The optimiser of the whole stage, counted in updates."""
     return OptimConfig(
       lr=self.lr,
       schedule=self.schedule,
       warmup=self.warmup,
-      steps=self.iterations * self.epochs * (self.rows // self.minibatch),
+      steps=self.updates,
       batch=self.minibatch,
       weight_decay=self.weight_decay,
       clip=self.grad_clip,
@@ -318,12 +340,10 @@ class RlConfig(Section):
       near = min(divisors, key=lambda n: abs(n - self.minibatch))
       text = f'rl.minibatch={self.minibatch} does not divide rl.problems*rl.group={self.rows}'
       yield ('minibatch', 'problems', 'group'), f'{text}; use {near}'
-    else:
-      updates = self.iterations * self.epochs * (self.rows // self.minibatch)
-      if self.warmup >= updates:
-        text = f'rl.warmup={self.warmup} leaves none of the {updates} updates'
-        keys = ('warmup', 'iterations', 'epochs', 'minibatch', 'problems', 'group')
-        yield keys, f'{text}; use at most {updates - 1}'
+    elif self.warmup >= self.updates:
+      text = f'rl.warmup={self.warmup} leaves none of the {self.updates} updates'
+      keys = ('warmup', 'iterations', 'epochs', 'minibatch', 'problems', 'group', 'replay')
+      yield keys, f'{text}; use at most {self.updates - 1}'
     if self.algorithm in ('grpo', 'dpo') and self.group < 2:
       text = f'rl.group={self.group} has nothing to compare within a problem'
       yield ('group', 'algorithm'), f"{text}; use 2 or more, or rl.algorithm='ppo'"
@@ -348,6 +368,47 @@ class RlConfig(Section):
     if self.max_kl:
       text = f"rl.max_kl={self.max_kl} is not measured by rl.algorithm='dpo'"
       yield ('max_kl', 'algorithm'), f'{text}; set it to 0'
+
+
+class AdapterConfig(Section):
+  """A low-rank adapter in place of training all weights."""
+
+  rank: Natural = 0  # 0: no adapter, all weights are trained
+  alpha: Positive = 16.0  # the adapter's term is multiplied by alpha / rank
+  # Patterns of the projections that have one: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj,
+  # down_proj; '*_proj' is all of them.
+  modules: tuple[str, ...] = ('*_proj',)
+
+  def relations(self) -> Iterator[Relation]:
+    """Every pattern chooses something."""
+    for pattern in self.modules:
+      if not any(fnmatch.fnmatchcase(name, pattern) for name in PROJECTIONS):
+        text = f'modules: {pattern!r} is none of {", ".join(PROJECTIONS)} and matches none'
+        yield ('modules',), text
+    if not self.modules:
+      yield ('modules',), "modules=[] chooses nothing; use ['*_proj'], or rank=0 for no adapter"
+
+
+class LoraConfig(Section):
+  """Adapters by role over one frozen base; checkpoints then hold the adapters alone."""
+
+  base: Literal['as_is', 'nf4'] = 'as_is'  # 'nf4': its projections in four bits (QLoRA)
+  policy: AdapterConfig = AdapterConfig()
+  tcg: AdapterConfig = AdapterConfig()
+  prm: AdapterConfig = AdapterConfig()  # above the policy's
+
+  @property
+  def used(self) -> bool:
+    """Whether some role has an adapter."""
+    return any((self.policy.rank, self.tcg.rank, self.prm.rank))
+
+  def relations(self) -> Iterator[Relation]:
+    """Codes of four bits cannot be trained themselves."""
+    if self.base == 'nf4':
+      lacking = [r for r in ('policy', 'tcg', 'prm') if not getattr(self, r).rank]
+      if lacking:
+        text = f'lora.base=nf4 is frozen, but lora.{lacking[0]}.rank=0 trains all weights'
+        yield ('base', *(f'{r}.rank' for r in lacking)), f'{text}; use a rank of 1 or more'
 
 
 class EvalConfig(Section):
@@ -394,6 +455,7 @@ class Config(Section):
   policy_sft: PolicySftConfig = PolicySftConfig()
   prm: PrmConfig = PrmConfig()
   rl: RlConfig = RlConfig()
+  lora: LoraConfig = LoraConfig()
   eval: EvalConfig = EvalConfig()
   sandbox: SandboxConfig = SandboxConfig()
   metrics: MetricsConfig = MetricsConfig()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from o1jax.data import family, overlap
 from o1jax.data.readers import SPLITS, Entry, Faults, data_files, entries
@@ -18,8 +18,15 @@ _HELD_OUT = {'dev': 0, 'test': 1}  # the tenth of the problems that is a split t
 _SHOWN = 20  # dropped problems that the log names
 
 
-def load_split(source: str, split: str, count: int, *, seed: int) -> tuple[Problem, ...]:
-  """The first `count` problems of a split, the same on every machine.
+def load_split(
+  source: str,
+  split: str,
+  count: int,
+  *,
+  seed: int,
+  usable: Callable[[Problem], bool] = lambda problem: True,
+) -> tuple[Problem, ...]:
+  """The first `count` `usable` problems of a split, the same on every machine.
 
   A folder with files of the split's name is read from them. Splits that a source lacks are held out
   by a hash of the statement: a tenth of the train files each, or of all files where none is called
@@ -34,6 +41,7 @@ def load_split(source: str, split: str, count: int, *, seed: int) -> tuple[Probl
     split: 'train', 'dev' or 'test'.
     count: how many; a source may hold fewer.
     seed: of the embedded family's drawing.
+    usable: says which problems count; asked in the source's order.
 
   Raises:
     ValueError: a source of no known format or without problems; a bad row in o1jax's own format,
@@ -41,10 +49,12 @@ def load_split(source: str, split: str, count: int, *, seed: int) -> tuple[Probl
     FileNotFoundError: there is no such source, or no data in it.
   """
   if source == 'embedded':
-    return tuple(family.problems(split, count, seed))
-  faults = Faults()
+    there, faults = family.problems(split, count, seed), Faults()
+  else:
+    faults = Faults()
+    there = _wanted(source, split, faults)
   try:
-    found = tuple(itertools.islice(_wanted(source, split, faults), count))
+    found = tuple(itertools.islice(filter(usable, there), count))
   finally:
     if faults.count:
       logger.warning('%s, %s: %s', source, split, faults)

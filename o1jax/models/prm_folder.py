@@ -38,8 +38,13 @@ def save(
 ) -> None:
   """Writes `{'trunk', 'head'}`; arguments and errors are those of `hf.save`."""
   hf.save(folder, model, prm['trunk'], tokenizer_from, generation_config)
-  head = {name: np.asarray(array) for name, array in jax.device_get(prm['head']).items()}
-  save_file(head, Path(folder) / HEAD, metadata={'format': 'pt'})
+  save_head(folder, prm['head'])
+
+
+def save_head(folder: str | os.PathLike, head: HeadParams) -> None:
+  """Writes the head alone into a folder that is there."""
+  arrays = {name: np.asarray(array) for name, array in jax.device_get(head).items()}
+  save_file(arrays, Path(folder) / HEAD, metadata={'format': 'pt'})
 
 
 def load(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from o1jax.models import attention
+from o1jax.models import attention, backends, lora
 from o1jax.models.config import ModelConfig
 from o1jax.models.ops import as_last, gated_silu, linear, rms_norm
 
@@ -74,8 +74,8 @@ class Layer(nnx.Module):
 
   def _heads(self, x: jax.Array, name: str) -> jax.Array:
     kernel = getattr(self, name)[...]  # [D, heads, H]
-    out = linear(x.reshape(-1, x.shape[-1]), kernel.reshape(kernel.shape[0], -1))
-    out = out.reshape(*x.shape[:-1], *kernel.shape[1:])
+    out = lora.product(x.reshape(-1, x.shape[-1]), kernel, linear)
+    out = out.reshape(*x.shape[:-1], *lora.outputs(kernel))
     if self.config.qkv_bias:
       bias = getattr(self, f'{name}_bias')[...]
       out += bias.reshape((1,) * (out.ndim - 2) + bias.shape)
@@ -85,13 +85,13 @@ class Layer(nnx.Module):
     """Residual x [B,T,D] and heads' output [B,T,N,H] -> the block's output."""
     c, shape = self.config, x.shape
     x, attended = x.reshape(-1, shape[-1]), attended.reshape(-1, c.num_heads * c.head_dim)
-    mixed = linear(attended, self.o[...].reshape(-1, shape[-1]))
+    mixed = lora.product(attended, self.o[...], linear)
     if c.o_bias:
       mixed += as_last(self.o_bias[...], mixed)
     x = x + mixed
     y = rms_norm(x, self.mlp_norm[...], c.rms_norm_eps)
-    inner = gated_silu(linear(y, self.gate[...]), linear(y, self.up[...]))
-    return (x + linear(inner, self.down[...])).reshape(shape)
+    gate, up = (lora.product(y, kernel[...], linear) for kernel in (self.gate, self.up))
+    return (x + lora.product(gated_silu(gate, up), self.down[...], linear)).reshape(shape)
 
 
 class Decoder(nnx.Module):
@@ -133,11 +133,13 @@ class _Axes:
 class Model:
   """A decoder as a hashable value: pure functions of a nested dict of parameters.
 
-  `remat` recomputes each layer in the backward pass instead of keeping it.
+  `remat` recomputes each layer in the backward pass instead of keeping it; `attention` is one of
+  `backends.BACKENDS`, for whole rows.
   """
 
   config: ModelConfig
   remat: bool = False
+  attention: str = 'auto'
 
   def init(self, key: jax.Array) -> Params:
     """Random parameters: normal(0, initializer_range), norms one, biases zero."""
@@ -171,28 +173,23 @@ class Model:
     """Like `hidden`, from embeddings x [B, T, D]."""
     c = self.config
     rope = attention.rope_table(c, positions)
-    masks = attention.full_masks(c, positions, segments)
+    backend = backends.choose(self.attention, c, x.shape[1])
+    attend = backends.attend(backend, c, positions, segments)
 
-    def block(x, weights, mask):
+    def block(x, weights, sliding):
       layer = nnx.merge(_abstract(c)[0], weights)
       q, k, v = layer.project(x, rope)
-      return layer.finish(x, attention.attend(q, k, v, mask))
+      return layer.finish(x, attend(q, k, v, sliding))
 
-    if self.remat:
-      block = jax.checkpoint(block)
+    sliding = [window is not None for window in c.windows]
     if c.num_layers <= UNROLL_LAYERS:
-      for weights, window in zip(_unstack(params['layers'], c.num_layers), c.windows, strict=True):
-        x = block(x, weights, masks.layer(window))
+      block = jax.checkpoint(block, static_argnums=2) if self.remat else block
+      for weights, near in zip(_unstack(params['layers'], c.num_layers), sliding, strict=True):
+        x = block(x, weights, near)
     else:
-      is_window = jnp.array([w is not None for w in c.windows])
-      full, window = masks.full, masks.window
-
-      def step(x, inputs):
-        weights, sliding = inputs
-        mask = full if window is None else jnp.where(sliding, window, full)
-        return block(x, weights, mask), None
-
-      x, _ = jax.lax.scan(step, x, (params['layers'], is_window))
+      block = jax.checkpoint(block) if self.remat else block
+      step = lambda x, inputs: (block(x, *inputs), None)  # noqa: E731
+      x, _ = jax.lax.scan(step, x, (params['layers'], jnp.array(sliding)))
     return rms_norm(x, params['norm'], c.rms_norm_eps)
 
   def output_rows(self, params: Params) -> jax.Array:
@@ -260,5 +257,6 @@ def _unstack(layers: Params, count: int) -> list[Params]:
 
   By lax.split: its transpose is one concatenation, that of indexing is L full-size additions.
   """
-  parts = {name: jax.lax.split(a, (1,) * count) for name, a in layers.items()}
-  return [{name: part[i][0] for name, part in parts.items()} for i in range(count)]
+  leaves, structure = jax.tree.flatten(layers)
+  parts = [jax.lax.split(leaf, (1,) * count) for leaf in leaves]
+  return [jax.tree.unflatten(structure, [part[i][0] for part in parts]) for i in range(count)]

@@ -151,7 +151,8 @@ def leave(code: int, error: BaseException | None = None) -> NoReturn:
   """
   if error is not None:
     traceback.print_exception(error)
-    print(f'process {index()} of {count()} stops; the others stop with it', file=sys.stderr)
+    text = 'the others stop with it; if one of them ended first, the cause stands in its output'
+    print(f'process {index()} of {count()} stops: {text}', file=sys.stderr)
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)

@@ -24,6 +24,8 @@ RULES = {
   'mlp': 'tensor',
   'head_dim': None,
   'layers': None,
+  'rank': None,
+  'blocks': None,
 }
 # Kept whole when they do not divide: one key head serves several query heads,
 # and vocabularies have any size.
@@ -38,7 +40,8 @@ def param_shardings(mesh: Mesh, model: Any, params: Any) -> Any:
     model: anything with `logical_axes()`, the names of its parameters' axes.
     params: the model's parameters, or any pytree that contains such trees (a
       PRM's {'trunk', 'head'}, an optimiser's moments). Leaves outside them are
-      repeated on every device. Arrays or `jax.ShapeDtypeStruct`s.
+      repeated on every device. Arrays or `jax.ShapeDtypeStruct`s; a subtree in the
+      place of one has `axes(names)`, the names of its own arrays.
 
   Raises:
     ValueError: naming each parameter axis that its mesh axis does not divide, and meshes that do.
@@ -66,7 +69,6 @@ def batch_faults(mesh: Mesh | AbstractMesh, batch: int) -> list[str]:
 def _placed(mesh: Mesh | AbstractMesh, model: Any, params: Any) -> tuple[Any, list[str]]:
   """The shardings of `params`, whole where they do not divide, and each such axis in words."""
   axes = model.logical_axes()
-  named = jax.tree.structure(axes, is_leaf=_is_names)
   faults: list[str] = []
 
   def is_model(node):
@@ -75,10 +77,14 @@ def _placed(mesh: Mesh | AbstractMesh, model: Any, params: Any) -> tuple[Any, li
   def place(node):
     if not is_model(node):
       return NamedSharding(mesh, PartitionSpec())
-    if jax.tree.structure(node) != named:
-      raise ValueError(f'parameters {sorted(node)} do not have the structure of the model')
+    names_of = lambda names, leaf: leaf.axes(names) if hasattr(leaf, 'axes') else names  # noqa: E731
+    try:
+      whole = jax.tree.map(names_of, axes, node, is_leaf=_is_names)
+    except ValueError:
+      text = f'parameters {sorted(node)} do not have the structure of the model'
+      raise ValueError(text) from None
     spec = lambda names, leaf: _spec(mesh, names, leaf.shape, faults)  # noqa: E731
-    return jax.tree.map(spec, axes, node, is_leaf=_is_names)
+    return jax.tree.map(spec, whole, node, is_leaf=_is_names)
 
   shardings = jax.tree.map(place, params, is_leaf=is_model)
   return shardings, list(dict.fromkeys(faults))
@@ -167,8 +173,7 @@ def ambient_ways() -> int:
 
 
 def spread(tree: Any) -> Any:
-  """Host arrays over the ambient mesh by their rows; as they are without one, or if they do not
-  divide."""
+  """Host arrays by rows over the ambient mesh, whole if they do not divide; as is without one."""
   mesh, ways = jax.sharding.get_mesh(), ambient_ways()
   if mesh.empty:
     return tree
@@ -188,7 +193,8 @@ def constrain(tree: Any, names: tuple[str | None, ...]) -> Any:
   def pin(x):
     axes = [None if name is None else RULES[name] for name in names]
     ways = [_ways(mesh, axis) for axis in axes]
-    fits = [axis if size % n == 0 else None for axis, n, size in zip(axes, ways, x.shape)]  # noqa: B905
+    sizes = x.shape[: len(axes)]
+    fits = [a if size % n == 0 else None for a, n, size in zip(axes, ways, sizes, strict=True)]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*fits))
 
   return jax.tree.map(pin, tree)

@@ -37,7 +37,7 @@ from o1jax.sampling import decode
 from o1jax.sampling.cache import DecodeState, prefill
 from o1jax.sampling.draw import Drawing
 from o1jax.sampling.sampler import COLUMN_MULTIPLE, PROMPT_MULTIPLE, round_up
-from o1jax.sampling.scorer import PrmScorer, score_steps
+from o1jax.sampling.scorer import PrmScorer, score_candidates
 from o1jax.stages import prm, rl, synthesis, tcg
 from o1jax.stages.fit import optimizer
 
@@ -275,7 +275,7 @@ class _Maker:
   def _lower_score(self, rows: int, columns: int, step: int):
     state = self._laid_out(self._decode_state(rows, columns, columns + step))
     args = (self._rows((rows,)), self._rows((rows, step)), self._rows((rows, step), bool))
-    return score_steps.lower(self.model, self._placed(self._prm_params()), state, *args)
+    return score_candidates.lower(self.model, self._placed(self._prm_params()), state, *args)
 
   def _decode_state(self, rows: int, prompt: int, columns: int) -> DecodeState:
     """Shapes of R rows that have read a prompt."""

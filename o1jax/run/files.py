@@ -118,12 +118,16 @@ class Chunks:
     if distributed.is_first():
       write_jsonl(self.folder / f'{index:05d}.jsonl', rows)
 
-  def rows(self) -> Iterator[Any]:
-    """All rows, in the order of the chunks."""
+  def rows(self, before: int | None = None) -> Iterator[Any]:
+    """All rows, in the order of the chunks; with `before`, of the chunks of lower numbers."""
     if distributed.count() == 1:
-      return (row for path in self._paths() for row in read_jsonl(path))
-    read = lambda: [row for path in self._paths() for row in read_jsonl(path)]  # noqa: E731
-    return iter(distributed.from_first(read))
+      return self._rows(before)
+    return iter(distributed.from_first(lambda: [*self._rows(before)]))
+
+  def _rows(self, before: int | None) -> Iterator[Any]:
+    for path in self._paths():
+      if before is None or int(path.stem) < before:
+        yield from read_jsonl(path)
 
   def _paths(self) -> list[pathlib.Path]:
     return sorted(p for p in self.folder.glob('*.jsonl') if p.stem.isdigit())

@@ -6,6 +6,7 @@ from o1jax.sampling.keys import row_keys, stable_id
 from o1jax.sampling.mcts import Forest, Rollout, Search
 from o1jax.sampling.sampler import Sampler, Samples
 from o1jax.sampling.scorer import PrmScorer, Scorer
+from o1jax.sampling.tree_scorer import TreeScorer
 
 __all__ = [
   'GREEDY',
@@ -24,6 +25,7 @@ __all__ = [
   'Scorer',
   'Search',
   'StepIds',
+  'TreeScorer',
   'row_keys',
   'stable_id',
 ]

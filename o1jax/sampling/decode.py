@@ -30,6 +30,8 @@ class Continuation:
   lengths: jax.Array  # [R] int32, tokens generated, the stop token included
   live: jax.Array  # [R] bool, not stopped yet
   steps: jax.Array  # int32 scalar, tokens drawn for the longest row
+  marked: jax.Array  # [R] bool, a token of `mark_ids` was drawn
+  mark: jax.Array  # [R, D], state after the first of those, where `marked`
 
 
 @functools.partial(jax.jit, static_argnames='max_new', donate_argnames='state')
@@ -54,10 +56,14 @@ def begin(state: DecodeState, keys: jax.Array, live: jax.Array, *, max_new: int)
     lengths=by_row(jnp.zeros(rows, jnp.int32)),
     live=by_row(live),
     steps=jnp.int32(0),
+    marked=by_row(jnp.zeros(rows, bool)),
+    mark=by_row(jnp.zeros_like(state.hidden)),
   )
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'stop_ids', 'how'), donate_argnames='rows')
+@functools.partial(
+  jax.jit, static_argnames=('model', 'stop_ids', 'how', 'mark_ids'), donate_argnames='rows'
+)
 def run(
   model: Model,
   params: Params,
@@ -66,6 +72,7 @@ def run(
   stop_ids: tuple[int, ...],
   how: Drawing,
   leave: jax.Array | int = 0,
+  mark_ids: tuple[int, ...] = (),
 ) -> Continuation:
   """Generates until at most `leave` rows are live or N tokens are drawn.
 
@@ -79,6 +86,7 @@ def run(
     stop_ids: tokens that end a row.
     how: temperature and truncation.
     leave: live rows at which to come back (to compact the batch, say).
+    mark_ids: tokens after the first of which a row's state is kept in `mark`.
   """
   max_new = rows.tokens.shape[1]
 
@@ -86,11 +94,11 @@ def run(
     return (rows.steps < max_new) & (rows.live.sum() > leave)
 
   return jax.lax.while_loop(
-    unfinished, functools.partial(_next_token, model, params, stop_ids, how), rows
+    unfinished, functools.partial(_next_token, model, params, stop_ids, how, mark_ids), rows
   )
 
 
-def _next_token(model, params, stop_ids, how, rows: Continuation) -> Continuation:
+def _next_token(model, params, stop_ids, how, mark_ids, rows: Continuation) -> Continuation:
   state, live = rows.state, rows.live
   uniform = jax.lax.dynamic_slice_in_dim(rows.uniforms, rows.steps, 1, axis=1)[:, 0]
   token, logprob = draw(model.logits(params, state.hidden), uniform, how)
@@ -108,7 +116,8 @@ def _next_token(model, params, stop_ids, how, rows: Continuation) -> Continuatio
       column=state.column + 1,
     )
   )
-  stopped = functools.reduce(jnp.logical_or, [token == s for s in stop_ids], jnp.zeros_like(live))
+  stopped = _is_one_of(token, stop_ids)
+  marking = live & ~rows.marked & _is_one_of(token, mark_ids)
   at = (0, rows.steps)
   return dataclasses.replace(
     rows,
@@ -120,7 +129,13 @@ def _next_token(model, params, stop_ids, how, rows: Continuation) -> Continuatio
     lengths=rows.lengths + live,
     live=live & ~stopped,
     steps=rows.steps + 1,
+    marked=rows.marked | marking,
+    mark=jnp.where(marking[:, None], state.hidden, rows.mark) if mark_ids else rows.mark,
   )
+
+
+def _is_one_of(token: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+  return functools.reduce(jnp.logical_or, [token == i for i in ids], jnp.zeros(token.shape, bool))
 
 
 def decode(

@@ -18,10 +18,11 @@ import numpy as np
 
 from o1jax.models.transformer import Model, Params
 from o1jax.parallel.distributed import fetch
-from o1jax.sampling.cache import DecodeState, prefill
 from o1jax.sampling.draw import GREEDY, SAMPLE, Drawing
+from o1jax.sampling.paged import continue_paths
+from o1jax.sampling.paths import Path, Paths
 from o1jax.sampling.sampler import Sampler, Samples, check_prompts, length_batches, pad_prompts
-from o1jax.sampling.scorer import Scorer, read_steps, with_room
+from o1jax.sampling.scorer import Scorer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,33 +159,53 @@ class Guided:
 
 
 class _Batch:
-  """P descents side by side; row p of both states has read the path of problem p so far."""
+  """P descents side by side; `path[p]` is how far problem p has come."""
 
   def __init__(self, rule: Guided, params, scorer: Scorer, prompts, seed: int, ids: np.ndarray):
     self.rule, self.params, self.scorer, self.seed, self.ids = rule, params, scorer, seed, ids
     self.choices: list[list[Choice]] = [[] for _ in prompts]
     self.finished = [False] * len(prompts)
-    self.generated = self.computed = 0
+    self.generated = self.drawn = 0
     tokens, lengths = pad_prompts(prompts, rule.rows // rule.children)
     self.scored = int(lengths[: len(prompts)].sum())
-    self.state = prefill(rule.model, params, tokens, lengths)
     self.judge = scorer.start(tokens, lengths)
-    self.computed = tokens.size
+    self.judged_rows = len(tokens)
+    # The path of every problem, and beside it the children that it chooses from.
+    count, steps = len(prompts), rule.max_depth + rule.children
+    slots = self.scored + count * steps * rule.max_step
+    states = count * (1 + steps)
+    self.paths = Paths(rule.model, params, prompts, slots=slots, states=states, rows=rule.rows)
+    self.path: list[Path] = [(p,) for p in range(count)]
+
+  @property
+  def computed(self) -> int:
+    """Positions that went through the policy."""
+    return self.paths.computed + self.drawn
 
   def descend(self) -> list[Descent]:
     rule = self.rule
     going, waiting = list(range(len(self.choices))), []  # waiting for their program
     for depth in range(rule.max_depth):
       if rule.greedy_program:
-        likeliest = fetch(_likeliest(rule.model, self.params, self.state))
-        waiting += [p for p in going if likeliest[p] == rule.steps.terminal]
-        going = [p for p in going if likeliest[p] != rule.steps.terminal]
+        ready = self._ready(going)
+        waiting += [p for p in going if p in ready]
+        going = [p for p in going if p not in ready]
       if not going:
         break
       going = self._step(depth, going)
     if waiting:
       self._write_programs(waiting)
     return [Descent(tuple(c), f) for c, f in zip(self.choices, self.finished, strict=True)]
+
+  def _ready(self, going: list[int]) -> set[int]:
+    """Problems whose likeliest next token begins a program."""
+    rule, paths = self.rule, [self.path[p] for p in going]
+    if not paths:
+      return set()
+    self.paths.read(paths)
+    states = self.paths.hidden(paths, self.judged_rows)
+    likeliest = fetch(_likeliest(rule.model, self.params, states))
+    return {p for p, token in zip(going, likeliest, strict=False) if token == rule.steps.terminal}
 
   def _step(self, depth: int, going: list[int]) -> list[int]:
     """One step of the problems `going`, of which those that go on further come back."""
@@ -195,7 +216,7 @@ class _Batch:
     names = np.column_stack([self.ids[slots], np.full(len(slots), depth), child])
     nodes = merge(self._sample(sampler, slots, names), k)
     self._score(going, nodes)
-    taken: list[tuple[int, ...]] = [()] * self.state.rows
+    taken: list[tuple[int, ...]] = [()] * self.judged_rows
     on = []
     for p, children in zip(going, nodes, strict=True):
       pick = self._pick(children, p, depth)
@@ -205,15 +226,29 @@ class _Batch:
       if not (step.cut or self.finished[p]):
         on.append(p)
         taken[p] = step.tokens
+      for other in children:
+        if other is not step or p not in on:
+          self.paths.retire((*self.path[p], other.tokens))
+      self.path[p] = (*self.path[p], step.tokens)
     if on:
-      self._advance(taken)
+      self.judge = self.scorer.advance(self.judge, taken)
+      self.scored += sum(map(len, taken))
     return on
 
-  def _sample(self, sampler: Sampler, slots: np.ndarray, names: np.ndarray) -> Samples:
-    self.state = with_room(sampler.model, self.state, sampler.max_new)
-    samples = sampler.resume(self.params, self.state, slots, self.seed, names)
+  def _sample(self, sampler: Sampler, problems: np.ndarray, names: np.ndarray) -> Samples:
+    """Continues the paths of problems; what may be chosen goes into the pool."""
+    ends = self.rule.steps
+    samples = continue_paths(
+      sampler,
+      self.paths,
+      [self.path[p] for p in problems],
+      seed=self.seed,
+      ids=names,
+      marks=ends.stops,
+      keep=lambda path: not ends.is_terminal(path[-1]),
+    )
     self.generated += samples.generated
-    self.computed += samples.computed
+    self.drawn += samples.computed
     return samples
 
   def _score(self, problems: list[int], nodes: list[list[Child]]) -> None:
@@ -224,14 +259,6 @@ class _Batch:
     self.scored += sum(map(len, steps))
     for children in nodes:
       children[:] = [dataclasses.replace(c, score=float(next(scores))) for c in children]
-
-  def _advance(self, taken: list[tuple[int, ...]]) -> None:
-    """Both models read the steps taken: K candidates' caches are never kept."""
-    self.state = read_steps(self.rule.model, self.params, self.state, taken)
-    self.judge = self.scorer.advance(self.judge, taken)
-    read = sum(map(len, taken))
-    self.computed += read
-    self.scored += read
 
   def _pick(self, children: list[Child], problem: int, depth: int) -> int:
     scores = np.array([-np.inf if c.cut else c.score for c in children])
@@ -256,9 +283,9 @@ class _Batch:
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def _likeliest(model: Model, params: Params, state: DecodeState) -> jax.Array:
-  """The mode of the next token of each row, [R]."""
-  return jnp.argmax(model.logits(params, state.hidden), -1)
+def _likeliest(model: Model, params: Params, hidden: jax.Array) -> jax.Array:
+  """The mode of the next token in each of the states [R, D], [R]."""
+  return jnp.argmax(model.logits(params, hidden), -1)
 
 
 def merge(samples: Samples, width: int) -> list[list[Child]]:

@@ -1,14 +1,17 @@
-"""Monte-Carlo tree search over steps with roll-outs, for many problems at once.
+"""Monte-Carlo tree search over steps, for many problems at once.
 
-Each simulation picks a leaf in every tree, continues it K times to the end in
-one batch, judges the K programs, and backs every return up through the first
-step of its roll-out, which becomes a node. The sandbox comes in as a function.
+Each simulation picks a leaf in every tree, samples K continuations of it in one batch (to the end
+of a program, or one step, see `Search.mix`), judges the programs, and backs every value up through
+the first step of its continuation, which becomes a node. The judge comes in as a function; while
+it works on one half of the forest the device continues the other.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -17,7 +20,9 @@ import numpy as np
 
 from o1jax.models.transformer import Params
 from o1jax.sampling.guided import StepIds
-from o1jax.sampling.sampler import Sampler, Samples
+from o1jax.sampling.paged import continue_paths, widest
+from o1jax.sampling.paths import Path, Paths, check_memory
+from o1jax.sampling.sampler import Sampler, Samples, check_prompts
 from o1jax.search import (
   ROOT,
   UNVISITED,
@@ -34,6 +39,8 @@ from o1jax.search import (
 
 # (problem index, path tokens after the prompt) -> returns in [0, 1], NaN for masked.
 Evaluate = Callable[[Sequence[tuple[int, tuple[int, ...]]]], Sequence[float]]
+# (problem index, *steps of the path) -> process rewards in [0, 1] of the last steps.
+Score = Callable[[Sequence[Path]], Sequence[float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +64,16 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class Forest:
-  """Searched trees (NumPy arrays), the path of every node, and all roll-outs."""
+  """Searched trees (NumPy arrays), the path of every node, and what it cost."""
 
   tree: SearchTree
   paths: tuple[tuple[tuple[int, ...], ...], ...]  # [B][node] tokens after the prompt, root ()
   rollouts: tuple[Rollout, ...]  # in order of simulation, problem, child
   generated: int  # tokens drawn
-  computed: int  # tokens that went through the model, re-read prefixes included
+  computed: int  # positions that went through the model: prompts, padding and dead rows too
+  read_again: int = 0  # tokens of prefixes that were read more than once
+  waited_s: float = 0.0  # seconds in which nothing was left to do but to wait for the judge
+  tree_s: float = 0.0  # seconds of selection, expansion and backup
 
   def step(self, problem: int, node: int) -> tuple[int, ...]:
     """Tokens of the node's own step; () for the root."""
@@ -79,6 +89,12 @@ class Search:
   `sampler` must stop at `steps.eos` only: roll-outs go to the end. `width` is K,
   `max_depth` the deepest node (deeper steps are rolled out, not kept as nodes).
   `c` times `schedule(progress)` is the exploration constant.
+
+  `mix` is the share of the process reward in the value of a step that is not terminal: 0 for the
+  return of its roll-out, 1 for the process reward alone, for which nothing is rolled out.
+  `pool_tokens` bounds the tokens whose keys and values are kept; 0 for all that the search can
+  have. With `overlap` the judge works on half of the forest while the other half grows; it
+  changes no tree. `extend` continues paths.
   """
 
   sampler: Sampler
@@ -89,6 +105,14 @@ class Search:
   rule: Rule = uct
   c: float = 2.0
   schedule: Callable[[float], float] = constant
+  mix: float = 0.0
+  pool_tokens: int = 0
+  overlap: bool = True
+  extend: Callable[..., Samples] = continue_paths
+
+  def __post_init__(self):
+    if not 0 <= self.mix <= 1:
+      raise ValueError(f'mix={self.mix} must be in [0, 1]: the share of the process reward')
 
   def __call__(
     self,
@@ -96,7 +120,7 @@ class Search:
     prompts: Sequence[Sequence[int]],
     evaluate: Evaluate,
     *,
-    score: Evaluate | None = None,
+    score: Score | None = None,
     seed: int = 0,
     ids: np.ndarray | None = None,
   ) -> Forest:
@@ -105,146 +129,251 @@ class Search:
     Args:
       params: the policy's parameters.
       prompts: token ids, none empty.
-      evaluate: judges whole paths; called once a simulation with what is new.
-      score: process rewards in [0, 1] of paths that end in a new node, for `puct`.
+      evaluate: judges whole paths; called in another thread, one call at a time, with what is new.
+      score: process rewards in [0, 1] of paths that end in a new node, for `puct` and `mix`.
       seed: with `ids` it decides every draw.
       ids: [prompts] or [prompts, P] ints that name the problems; None for 0, 1, 2, ...
+
+    Raises:
+      ValueError: the keys and values do not fit into memory, see `check_memory`; or `mix` without
+        `score`.
     """
+    if self.mix and score is None:
+      raise ValueError(f'mix={self.mix} needs a score, which gives the process rewards')
     ids = np.arange(len(prompts)) if ids is None else np.asarray(ids)
+    check_prompts(prompts, ids)
     ids = ids.reshape(len(prompts), -1)
-    growing = _Growing(self, params, prompts, evaluate, score, seed, ids)
-    for simulation in range(self.simulations):
-      progress = simulation / max(1, self.simulations - 1)
-      if not growing.simulate(self.c * self.schedule(progress)):
-        break
-    return growing.forest()
+    paths = self.paths_for(params, prompts)
+    middle = (len(prompts) + 1) // 2 if self.overlap else len(prompts)
+    parts = [np.arange(middle), np.arange(middle, len(prompts))]
+    settings = (evaluate, score, seed, ids)
+    with concurrent.futures.ThreadPoolExecutor(1) as judge:
+      growing = [_Growing(self, paths, part, judge, *settings) for part in parts if len(part)]
+      for simulation in range(self.simulations):
+        progress = simulation / max(1, self.simulations - 1)
+        for part in growing:  # whose programs ran while the other part was continued
+          part.settle()
+          part.grow(simulation, self.c * self.schedule(progress))
+      for part in growing:
+        part.settle()
+    return _joined(growing, paths)
+
+  def paths_for(self, params: Params, prompts: Sequence[Sequence[int]]) -> Paths:
+    """The pool of a search over these prompts, if it fits."""
+    nodes = 1 + self.width * self.simulations
+    longest = max(map(len, prompts))
+    # Roll-outs of max_new tokens begin at every depth, so a path may be longer than one.
+    needed = sum(map(len, prompts)) + len(prompts) * (nodes - 1) * self.sampler.max_new
+    slots = min(self.pool_tokens or needed, needed)
+    states = len(prompts) * nodes
+    columns = widest(self.sampler, longest + self.sampler.max_new)
+    model, rows = self.sampler.model, self.sampler.rows
+    check_memory(model, slots=slots, states=states, rows=rows, columns=columns)
+    return Paths(model, params, prompts, slots=slots, states=states, rows=rows)
 
 
 class _Growing:
-  """The forest while it grows."""
+  """A part of the forest while it grows: b counts its trees, `problems[b]` the caller's."""
 
-  def __init__(self, search: Search, params, prompts, evaluate, score, seed: int, ids: np.ndarray):
-    self.search, self.params, self.prompts = search, params, prompts
-    self.evaluate, self.score, self.seed, self.ids = evaluate, score, seed, ids
-    self.batch = len(prompts)
+  def __init__(
+    self, search: Search, paths: Paths, problems: np.ndarray, judge, evaluate, score, seed, ids
+  ):
+    self.search, self.pool, self.problems = search, paths, problems
+    self.judge, self.evaluate, self.score = judge, evaluate, score
+    self.seed, self.ids = seed, ids[problems]
+    self.batch = len(problems)
     self.tree = empty_tree(self.batch, 1 + search.width * search.simulations, search.width)
-    self.paths: list[list[tuple[int, ...]]] = [[()] for _ in prompts]  # from the prompt's end
-    self.rollouts: list[Rollout] = []
-    self.judged: dict[tuple[int, tuple[int, ...]], float] = {}
+    self.closed = np.zeros(self.tree.shape[:2], bool)
+    self.nodes: list[list[Path]] = [[(int(p),)] for p in problems]  # paths of the nodes
+    self.rollouts: list[tuple[int, Rollout]] = []  # with the simulation
+    self.returns: dict[tuple[int, tuple[int, ...]], float] = {}
+    self.waiting: Callable[[], None] | None = None
     self.generated = self.computed = 0
+    self.waited_s = self.tree_s = 0.0
 
-  def simulate(self, c: float) -> bool:
-    """One simulation in every tree that is not exhausted; False if all are."""
+  def grow(self, simulation: int, c: float) -> None:
+    """Continues a leaf in every tree that is not exhausted, and hands the programs to the judge."""
+    started = time.perf_counter()
     leaf = np.asarray(select(self.tree, self.search.rule, c))
-    going = np.flatnonzero(~np.asarray(self.tree.closed)[:, ROOT])
+    self.tree_s += time.perf_counter() - started
+    going = np.flatnonzero(~self.closed[:, ROOT])
     if not going.size:
-      return False
-    rollouts = self._roll_out(going, leaf)
-    self.tree, nodes = expand(self.tree, jnp.asarray(leaf), self._children(going, rollouts))
-    nodes = np.asarray(nodes)
-    values = np.full((self.batch, self.search.width), np.nan, np.float32)
-    for b, siblings in zip(going, rollouts, strict=True):
-      for k, rollout in enumerate(siblings):
-        node, values[b, k] = int(nodes[b, k]), rollout.value
-        if node == len(self.paths[b]):  # else it is the same step as an earlier sibling
-          self.paths[b].append(rollout.prefix + self._first_step(rollout))
-        self.rollouts.append(dataclasses.replace(rollout, node=node))
-    self.tree = backup(self.tree, jnp.asarray(nodes), jnp.asarray(values), ~np.isnan(values))
-    return True
-
-  def _roll_out(self, going: np.ndarray, leaf: np.ndarray) -> list[list[Rollout]]:
-    """K judged roll-outs from the leaf of each tree in `going`."""
-    width = self.search.width
+      return
     samples = self._continue(going, leaf)
-    depth = np.asarray(self.tree.depth)
-    rollouts = []
-    for row in range(len(going) * width):
-      b = int(going[row // width])
-      rollouts.append(
+    rollouts = self._rollouts(going, leaf, samples)
+    steps = [self._first_step(r) for r in rollouts]
+    scores = self._scores(rollouts, steps, leaf)
+    started = time.perf_counter()
+    self.tree, nodes = expand(
+      self.tree, jnp.asarray(leaf), self._children(going, rollouts, steps, scores)
+    )
+    nodes = np.asarray(nodes)[going].reshape(-1)
+    self.tree_s += time.perf_counter() - started
+    for r, step, node in zip(rollouts, steps, nodes, strict=True):
+      known = self.nodes[r.problem]
+      if node == len(known):  # else it is the same step as an earlier sibling, or no node
+        known.append((*known[r.leaf], step))
+    self._retire_closed()
+    rollouts = [
+      dataclasses.replace(r, node=int(node)) for r, node in zip(rollouts, nodes, strict=True)
+    ]
+    whole = [(r.problem, r.path) for r in rollouts if self._whole(r)]
+    fresh = [job for job in dict.fromkeys(whole) if job not in self.returns]
+    jobs = [(int(self.problems[b]), path) for b, path in fresh]
+    verdicts = self.judge.submit(self.evaluate, jobs) if jobs else None
+    self.waiting = lambda: self._settle(simulation, going, rollouts, scores, fresh, verdicts)
+
+  def settle(self) -> None:
+    """Backs up the values of what was continued last, once they are there."""
+    if self.waiting is not None:
+      self.waiting()
+      self.waiting = None
+
+  def _settle(self, simulation, going, rollouts: list[Rollout], scores, fresh, verdicts) -> None:
+    started = time.perf_counter()
+    values = verdicts.result() if verdicts is not None else ()
+    self.waited_s += time.perf_counter() - started
+    self.returns.update(zip(fresh, map(float, values), strict=True))
+    rollouts = [
+      dataclasses.replace(r, value=self.returns.get((r.problem, r.path), math.nan))
+      for r in rollouts
+    ]
+    if self.search.mix == 1:
+      self.rollouts += [(simulation, r) for r in rollouts if self._whole(r)]
+    else:
+      self.rollouts += [(simulation, r) for r in rollouts]
+    width = self.search.width
+    nodes, backed = (np.full((self.batch, width), fill) for fill in (UNVISITED, np.nan))
+    nodes[going] = np.reshape([r.node for r in rollouts], (-1, width))
+    tree = jax.tree.map(np.asarray, self.tree) if self.search.mix else self.tree
+    backed[going] = np.reshape(
+      [self._value(tree, r, s) for r, s in zip(rollouts, scores, strict=True)], (-1, width)
+    )
+    started = time.perf_counter()
+    self.tree = jax.block_until_ready(
+      backup(self.tree, jnp.asarray(nodes), jnp.asarray(backed), ~jnp.isnan(backed))
+    )
+    self.tree_s += time.perf_counter() - started
+
+  def _value(self, tree: SearchTree, rollout: Rollout, score: float) -> float:
+    """What a step is worth: the return of its roll-out, its process reward, or their mix."""
+    mix = self.search.mix
+    if not mix or rollout.node == UNVISITED or tree.terminal[rollout.problem, rollout.node]:
+      return rollout.value
+    if mix == 1:  # a step at the depth limit leads nowhere, whatever it promises
+      return math.nan if tree.cut[rollout.problem, rollout.node] else score
+    return (1 - mix) * rollout.value + mix * score
+
+  def _whole(self, rollout: Rollout) -> bool:
+    """Whether it came to the end: there is something to judge."""
+    steps = self.search.steps
+    if self.search.mix == 1:
+      return steps.is_terminal(rollout.tokens) and rollout.tokens[-1] in steps.stops
+    return rollout.tokens[-1] == steps.eos
+
+  def _continue(self, going: np.ndarray, leaf: np.ndarray) -> Samples:
+    """K continuations of every leaf; those first steps that can be continued go into the pool."""
+    search, width = self.search, self.search.width
+    sampler = search.sampler
+    if search.mix == 1:
+      sampler = dataclasses.replace(sampler, stop_ids=search.steps.stops)
+    rows = np.repeat(going, width)
+    names = [self.ids[rows], leaf[rows, None], np.tile(np.arange(width), len(going))[:, None]]
+    samples = search.extend(
+      sampler,
+      self.pool,
+      [self.nodes[b][leaf[b]] for b in rows],
+      seed=self.seed,
+      ids=np.column_stack(names),
+      marks=search.steps.stops,
+      keep=lambda path: not search.steps.is_terminal(path[-1]) and len(path) - 1 < search.max_depth,
+    )
+    self.generated += samples.generated
+    self.computed += samples.computed
+    return samples
+
+  def _rollouts(self, going: np.ndarray, leaf: np.ndarray, samples: Samples) -> list[Rollout]:
+    """The continuations, not judged and without their nodes."""
+    found = []
+    for row in range(len(going) * self.search.width):
+      b = int(going[row // self.search.width])
+      path = self.nodes[b][leaf[b]]
+      found.append(
         Rollout(
           problem=b,
           leaf=int(leaf[b]),
           node=UNVISITED,
-          depth=int(depth[b, leaf[b]]),
-          prefix=self.paths[b][leaf[b]],
+          depth=len(path) - 1,
+          prefix=sum(path[1:], ()),
           tokens=tuple(samples.ids(row)),
           logprobs=tuple(samples.logprobs[row, : samples.lengths[row]].tolist()),
           value=math.nan,
         )
       )
-    whole = [(r.problem, r.path) for r in rollouts if r.tokens[-1] == self.search.steps.eos]
-    fresh = [job for job in dict.fromkeys(whole) if job not in self.judged]
-    if fresh:
-      self.judged.update(zip(fresh, map(float, self.evaluate(fresh)), strict=True))
-    rollouts = [
-      dataclasses.replace(r, value=self.judged.get((r.problem, r.path), math.nan)) for r in rollouts
-    ]
-    return [rollouts[i : i + width] for i in range(0, len(rollouts), width)]
-
-  def _continue(self, going: np.ndarray, leaf: np.ndarray) -> Samples:
-    """K continuations of every leaf, its prefix read again for all K together."""
-    samples = self.search.sampler(
-      self.params,
-      [(*self.prompts[b], *self.paths[b][leaf[b]]) for b in going],
-      seed=self.seed,
-      ids=np.column_stack([self.ids[going], leaf[going]]),
-      samples=self.search.width,
-    )
-    self.generated += samples.generated
-    self.computed += samples.computed
-    return samples
+    return found
 
   def _first_step(self, rollout: Rollout) -> tuple[int, ...]:
     end = self.search.steps.step_end
     tokens = rollout.tokens
     return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
-  def _children(self, going: np.ndarray, rollouts: list[list[Rollout]]) -> NewChildren:
+  def _children(self, going: np.ndarray, rollouts: list[Rollout], steps, scores) -> NewChildren:
     """The first steps of the roll-outs as new nodes; trees that do not grow get none."""
-    steps = [[self._first_step(r) for r in siblings] for siblings in rollouts]
-    ends = self.search.steps
-    terminal = [[ends.is_terminal(s) and s[-1] in ends.stops for s in row] for row in steps]
-    whole = [[s[-1] in ends.stops for s in row] for row in steps]
-    room = [[r.depth + 1 < self.search.max_depth for r in row] for row in rollouts]
-    terminal_ = np.array(terminal)
+    ends, width = self.search.steps, self.search.width
+    whole = np.array([s[-1] in ends.stops for s in steps])
+    terminal = np.array([ends.is_terminal(s) for s in steps]) & whole
+    room = np.array([r.depth + 1 < self.search.max_depth for r in rollouts])
+    # The first sibling that is the same step: equal exactly where the steps are.
+    first = [steps[i - i % width : i - i % width + width].index(s) for i, s in enumerate(steps)]
 
-    def spread(rows, dtype):
-      out = np.zeros((self.batch, self.search.width), dtype)
-      out[going] = rows
+    def spread(values, dtype):
+      out = np.zeros((self.batch, width), dtype)
+      out[going] = np.reshape(values, (-1, width))
       return jnp.asarray(out)
 
+    logprobs = [sum(r.logprobs[: len(s)]) for r, s in zip(rollouts, steps, strict=True)]
     return NewChildren(
-      # The first sibling that is the same step: equal exactly where the steps are.
-      identity=spread([[row.index(s) for s in row] for row in steps], np.int32),
-      logprob=spread(
-        [
-          [sum(r.logprobs[: len(s)]) for r, s in zip(*pair, strict=True)]
-          for pair in zip(rollouts, steps, strict=True)
-        ],
-        np.float32,
-      ),
-      score=spread(self._scores(rollouts, steps), np.float32),
-      terminal=spread(terminal_, bool),
-      cut=spread(~terminal_ & ~(np.array(whole) & np.array(room)), bool),
-      valid=spread(np.ones_like(terminal_), bool),
+      identity=spread(first, np.int32),
+      logprob=spread(logprobs, np.float32),
+      score=spread(scores, np.float32),
+      gumbel=spread(np.zeros(len(steps)), np.float32),
+      terminal=spread(terminal, bool),
+      cut=spread(~terminal & ~(whole & room), bool),
+      valid=spread(np.ones_like(terminal), bool),
     )
 
-  def _scores(self, rollouts, steps) -> np.ndarray:
+  def _scores(self, rollouts: list[Rollout], steps, leaf: np.ndarray) -> np.ndarray:
+    """Process rewards of the first steps, each distinct one asked for once."""
     if self.score is None:
-      return np.zeros((len(rollouts), self.search.width), np.float32)
-    jobs = [
-      (r.problem, r.prefix + s)
-      for pair in zip(rollouts, steps, strict=True)
-      for r, s in zip(*pair, strict=True)
-    ]
-    return np.reshape(self.score(jobs), (len(rollouts), self.search.width))
+      return np.zeros(len(rollouts), np.float32)
+    paths = [(*self.nodes[r.problem][r.leaf], s) for r, s in zip(rollouts, steps, strict=True)]
+    distinct = list(dict.fromkeys(paths))
+    known = dict(zip(distinct, self.score(distinct), strict=True))
+    return np.array([known[p] for p in paths], np.float32)
 
-  def forest(self) -> Forest:
-    """What has grown, on the host."""
-    return Forest(
-      tree=jax.tree.map(np.asarray, self.tree),
-      paths=tuple(tuple(p) for p in self.paths),
-      rollouts=tuple(self.rollouts),
-      generated=self.generated,
-      computed=self.computed,
-    )
+  def _retire_closed(self) -> None:
+    """Nothing is continued from a closed node again: its keys and values can go first."""
+    closed = np.asarray(self.tree.closed)
+    for b, node in np.argwhere(closed & ~self.closed):
+      self.pool.retire(self.nodes[b][node])
+    self.closed = closed
+
+
+def _joined(growing: list[_Growing], paths: Paths) -> Forest:
+  """What has grown, on the host."""
+  found = [
+    (simulation, dataclasses.replace(r, problem=int(part.problems[r.problem])))
+    for part in growing
+    for simulation, r in part.rollouts
+  ]
+  found.sort(key=lambda pair: (pair[0], pair[1].problem))  # stable: children keep their order
+  return Forest(
+    tree=jax.tree.map(lambda *parts: np.concatenate(parts), *(part.tree for part in growing)),
+    paths=tuple(tuple(sum(p[1:], ()) for p in nodes) for part in growing for nodes in part.nodes),
+    rollouts=tuple(r for _, r in found),
+    generated=sum(part.generated for part in growing),
+    computed=paths.computed + sum(part.computed for part in growing),
+    read_again=paths.read_again,
+    waited_s=sum(part.waited_s for part in growing),
+    tree_s=sum(part.tree_s for part in growing),
+  )

@@ -126,7 +126,7 @@ class Sampler:
         f'use max_new of at most {limit - longest}'
       )
     count = len(slots)
-    out = _empty(count, self.max_new)
+    out = empty_samples(count, self.max_new)
     padding = self._size(count) - count
     keys = row_keys(seed, np.pad(ids, ((0, padding), (0, 0))))
     live = np.arange(count + padding) < count
@@ -163,7 +163,8 @@ class Sampler:
       rows, where = compact(rows, where, self._size(int(live.sum())))
 
 
-def _empty(count: int, max_new: int) -> Samples:
+def empty_samples(count: int, max_new: int) -> Samples:
+  """`count` rows that have generated nothing yet."""
   return Samples(
     tokens=np.zeros((count, max_new), np.int32),
     logprobs=np.zeros((count, max_new), np.float32),
@@ -176,7 +177,7 @@ def _empty(count: int, max_new: int) -> Samples:
 
 def _join(parts: list[tuple[np.ndarray, Samples]], count: int, max_new: int, computed: int):
   """One `Samples` of batches; `computed` are the tokens of their prompts."""
-  out = _empty(count, max_new)
+  out = empty_samples(count, max_new)
   for where, part in parts:
     for field in ('tokens', 'logprobs', 'lengths', 'stopped'):
       getattr(out, field)[where] = getattr(part, field)
@@ -198,10 +199,11 @@ def compact(rows: Continuation, where: np.ndarray, size: int) -> tuple[Continuat
 
 @jax.jit
 def _gather(rows: Continuation, index: jax.Array, alive: jax.Array) -> Continuation:
-  fields = (rows.uniforms, rows.tokens, rows.logprobs, rows.lengths)
-  fields = jax.tree.map(lambda array: jnp.take(array, index, axis=0, mode='clip'), fields)
-  fields, alive = constrain((fields, alive), ('batch',))
-  return Continuation(gather_rows(rows.state, index), *fields, live=alive, steps=rows.steps)
+  taken = (rows.uniforms, rows.tokens, rows.logprobs, rows.lengths, rows.marked, rows.mark)
+  taken = jax.tree.map(lambda array: jnp.take(array, index, axis=0, mode='clip'), taken)
+  (*fields, marked, mark), alive = constrain((taken, alive), ('batch',))
+  state = gather_rows(rows.state, index)
+  return Continuation(state, *fields, live=alive, steps=rows.steps, marked=marked, mark=mark)
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], ids: np.ndarray) -> None:

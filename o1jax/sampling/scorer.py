@@ -63,7 +63,7 @@ class PrmScorer:
     for chunk in length_batches(steps, rows):
       tokens, mask = pad_steps([steps[i] for i in chunk], rows)
       where = np.pad(np.asarray(slots)[chunk], (0, rows - len(chunk)))
-      got = score_steps(self.model, self.params, state, where, tokens, mask)
+      got = score_candidates(self.model, self.params, state, where, tokens, mask)
       scores[chunk] = fetch(got)[: len(chunk)]
     return scores
 
@@ -73,14 +73,20 @@ class PrmScorer:
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def score_steps(model: Model, params, state: DecodeState, slots, tokens, mask) -> jax.Array:
+def score_candidates(model: Model, params, state: DecodeState, slots, tokens, mask) -> jax.Array:
   """Log-odds [n] of the steps [n, t] after the rows `slots` [n] of the state."""
   state = gather_rows(state, slots)
   hidden, _ = extend(model, params['trunk'], state, tokens, mask)
+  return score_steps(model, params, state.hidden, hidden, tokens, mask)
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def score_steps(model: Model, params, before, hidden, tokens, mask) -> jax.Array:
+  """Log-odds [R] of steps, from the state before [R, D] and those of its tokens [R, t, D]."""
   embeddings = model.embed(params['trunk'], tokens)
+  logprobs = _logprobs(model, params['trunk'], states_before(before, hidden), tokens)
   head = step_head_of(params['head'])
-  logprobs = _logprobs(model, params['trunk'], states_before(state.hidden, hidden), tokens)
-  return head.apply_step(params['head'], state.hidden, hidden, embeddings, logprobs, mask)
+  return head.apply_step(params['head'], before, hidden, embeddings, logprobs, mask)
 
 
 def _logprobs(model: Model, trunk: Params, before: jax.Array, tokens: jax.Array) -> jax.Array:

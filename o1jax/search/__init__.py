@@ -2,7 +2,9 @@
 
 from o1jax.search.backup import backup
 from o1jax.search.expand import NewChildren, expand
+from o1jax.search.gumbel import gumbel_interior, gumbel_root
 from o1jax.search.select import (
+  Allowed,
   ChildStats,
   Rule,
   constant,
@@ -11,6 +13,7 @@ from o1jax.search.select import (
   puct,
   select,
   uct,
+  widening,
 )
 from o1jax.search.tree import NO_PARENT, ROOT, UNVISITED, SearchTree, empty_tree
 
@@ -18,6 +21,7 @@ __all__ = [
   'NO_PARENT',
   'ROOT',
   'UNVISITED',
+  'Allowed',
   'ChildStats',
   'NewChildren',
   'Rule',
@@ -27,8 +31,11 @@ __all__ = [
   'empty_tree',
   'expand',
   'exponential',
+  'gumbel_interior',
+  'gumbel_root',
   'linear',
   'puct',
   'select',
   'uct',
+  'widening',
 ]

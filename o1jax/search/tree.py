@@ -29,12 +29,15 @@ class SearchTree:
   """
 
   visits: jax.Array  # [B, N] int32, returns backed up through the node
+  picks: jax.Array  # [B, N] int32, expansions at the node and below it
   value_sum: jax.Array  # [B, N] float32, their sum
   children: jax.Array  # [B, N, K] int32 node indices or UNVISITED
   parent: jax.Array  # [B, N] int32 node index or NO_PARENT
+  identity: jax.Array  # [B, N] int32, equal for equal steps of one parent
   logprob: jax.Array  # [B, N] float32, log-prob of the step that leads here
   prior: jax.Array  # [B, N] float32, softmax of `logprob` over the siblings
   score: jax.Array  # [B, N] float32, the process reward of that step, 0 if unknown
+  gumbel: jax.Array  # [B, N] float32, noise of the node, for Gumbel's root
   depth: jax.Array  # [B, N] int32, steps from the root
   terminal: jax.Array  # [B, N] bool, the step is the program
   cut: jax.Array  # [B, N] bool, at the depth limit: marked, not scored
@@ -72,12 +75,15 @@ def empty_tree(batch: int, capacity: int, width: int) -> SearchTree:
   nodes = (batch, capacity)
   return SearchTree(
     visits=jnp.zeros(nodes, jnp.int32),
+    picks=jnp.zeros(nodes, jnp.int32),
     value_sum=jnp.zeros(nodes, jnp.float32),
     children=jnp.full((*nodes, width), UNVISITED, jnp.int32),
     parent=jnp.full(nodes, NO_PARENT, jnp.int32),
+    identity=jnp.zeros(nodes, jnp.int32),
     logprob=jnp.zeros(nodes, jnp.float32),
     prior=jnp.zeros(nodes, jnp.float32),
     score=jnp.zeros(nodes, jnp.float32),
+    gumbel=jnp.zeros(nodes, jnp.float32),
     depth=jnp.zeros(nodes, jnp.int32),
     terminal=jnp.zeros(nodes, bool),
     cut=jnp.zeros(nodes, bool),

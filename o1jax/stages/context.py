@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from o1jax.config import Config
 from o1jax.data.paths import PathEncoder
 from o1jax.data.tokens import Tokenizer
+from o1jax.models import lora
 from o1jax.models.transformer import Model
 from o1jax.parallel import distributed
-from o1jax.parallel.sharding import param_shardings
+from o1jax.parallel.sharding import param_shardings, replicated, shard
 from o1jax.run import files, stop
 from o1jax.run.metrics import Metrics
 from o1jax.run.progress import Progress
 from o1jax.run.store import Store
+from o1jax.sampling.keys import stable_id
 from o1jax.stages.execute import Executor
 from o1jax.types import Problem
 
@@ -73,6 +75,43 @@ class Run:
     each = self.config.data.per_round
     return self.train[: (round_ + 1) * each] if each else self.train
 
+  def adapted(self, params: Any, role: str) -> Any:
+    """`params` as `role` ('policy', 'tcg' or 'prm') trains them: with an adapter, where it has one.
+
+    A PRM's is new and lies above the policy's; the others go on with the one that is there.
+    """
+    section = getattr(self.config.lora, role)
+    if not section.rank:
+      return lora.merged(params) if role == 'prm' and lora.is_adapted(params) else params
+    if role != 'prm' and lora.is_adapted(params):
+      return params
+    spec = lora.Spec(section.rank, section.alpha, section.modules)
+    key = jax.random.fold_in(jax.random.key(self.config.run.seed), stable_id(role))
+    return lora.adapt(params, spec, key)
+
+  def save(self, stage: str, name: str, params: Any) -> None:
+    """Keeps what a stage trained; of a tree with adapters these alone."""
+    self.bench.store.save_params(stage, name, lora.detached(params))
+
+  def load(self, stage: str, name: str) -> Any:
+    """What `save` kept, over the mesh, adapters over the arrays of `base`.
+
+    Raises:
+      FileNotFoundError: nothing was kept by that name.
+    """
+    mesh = self.bench.mesh
+
+    def placed(saved):
+      if lora.is_detached(saved):  # factors alone: small, and laid out with the whole below
+        return jax.tree.map(lambda _: replicated(mesh), saved)
+      return param_shardings(mesh, self.model, saved)
+
+    saved = self.bench.store.load_params(stage, name, placed if mesh.size > 1 else None)
+    params = lora.attached(self.base, saved)
+    if not lora.is_adapted(params):
+      return params
+    return shard(params, param_shardings(mesh, self.model, params))
+
   def stage(self, name: str, text: str, body: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of stage `name`, from its marker or by running `body`.
 
@@ -103,14 +142,6 @@ class Run:
     )
     self.bench.progress.say(f'{name}: {told}')
     return result
-
-  def load_params(self, stage: str, name: str) -> Any:
-    """What a stage saved by `Store.save_params`, over the mesh; raises FileNotFoundError."""
-    mesh = self.bench.mesh
-    if mesh.size == 1:
-      return self.bench.store.load_params(stage, name)
-    placed = functools.partial(param_shardings, mesh, self.model)
-    return self.bench.store.load_params(stage, name, placed)
 
   def seconds(self) -> dict[str, float]:
     """Wall seconds of every finished stage."""

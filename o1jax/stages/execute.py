@@ -53,7 +53,7 @@ class Executor:
     """A verdict for each path; None for a path that was cut off before its program.
 
     A terminal step without a fenced program counts as a program that does not compile.
-    `tests` replaces each problem's own.
+    `tests` replaces each problem's own; an empty tuple leaves it with its `test_code`.
 
     Raises:
       SandboxError: too many programs could not be judged, or a layer stopped applying.
@@ -84,7 +84,8 @@ class Executor:
     for key in keys:
       problem_id, cases, code = key
       problem, limits = of[key], self._limits.get(problem_id)
-      jobs.append(Job(code, cases, problem.entry_point, problem.test_code, limits))
+      assertions = '' if cases else problem.test_code  # what replaces tests replaces these too
+      jobs.append(Job(code, cases, problem.entry_point, assertions, limits))
     verdicts = self._pool.judge(jobs)
     return verdicts if distributed.count() == 1 else [dataclasses.asdict(v) for v in verdicts]
 

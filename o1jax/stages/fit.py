@@ -14,6 +14,7 @@ from o1jax.data.pipeline import Batches
 from o1jax.learn.optim import make_optimizer
 from o1jax.learn.state import TrainState, init_state
 from o1jax.learn.update import LossFn, make_update
+from o1jax.models import lora
 from o1jax.parallel import distributed
 from o1jax.parallel.sharding import batch_sharding, own_rows, param_shardings, shard, shard_own
 from o1jax.run.metrics import Lagged
@@ -43,8 +44,15 @@ def stop_if_broken(label: str, skipped: float) -> None:
 
 
 def place(bench: Workbench, model, params: Any) -> Any:
-  """A fresh copy of `params` laid out over the mesh, safe to be donated."""
-  return jax.tree.map(jnp.copy, shard(params, param_shardings(bench.mesh, model, params)))
+  """`params` laid out over the mesh; what is trained of them is a copy, safe to be donated."""
+  placed = shard(params, param_shardings(bench.mesh, model, params))
+  trained, frozen = lora.partition(placed)
+  return lora.combine(jax.tree.map(jnp.copy, trained), frozen)
+
+
+def over_frozen(loss_fn: LossFn) -> LossFn:
+  """The loss as a function of what is trained: `(trained, batch, frozen)`; see `lora.partition`."""
+  return lambda trained, batch, frozen: loss_fn(lora.combine(trained, frozen), batch)
 
 
 def _placed(mesh: Mesh, data: Any, step: int) -> Any:
@@ -76,7 +84,7 @@ def fit(
     stage: the stage whose folder holds the checkpoints.
     name: of this training within the stage, for checkpoints, metrics and the bar.
     model: gives the parameters' logical axes.
-    params: start; copied, not donated.
+    params: start; copied, not donated. With adapters only these are trained, and saved.
     loss_fn: see `learn.update`.
     data: element i is batch i, a pytree of NumPy arrays with rows on axis 0.
     config: optimiser, schedule, steps.
@@ -89,8 +97,9 @@ def fit(
     Stopped: after a save, if a signal asked for it.
   """
   tx = optimizer(config)
-  state: TrainState = init_state(place(bench, model, params), tx)
-  update = make_update(loss_fn, tx, accumulate=config.accumulate)
+  trained, frozen = lora.partition(place(bench, model, params))
+  state: TrainState = init_state(trained, tx)
+  update = make_update(over_frozen(loss_fn), tx, accumulate=config.accumulate)
   label = f'{stage}/{name}'
   latest: dict[str, float] = {}
 
@@ -108,7 +117,7 @@ def fit(
     bench.metrics.begin(label, after=start)
     with Lagged(emit) as lagged, bench.progress.bar(label, config.steps, start) as bar:
       for step in range(start, config.steps):
-        state, scalars = update(state, _placed(bench.mesh, data, step))
+        state, scalars = update(state, _placed(bench.mesh, data, step), frozen)
         if (step + 1) % bench.log_every == 0 or step + 1 == config.steps:
           lagged.push(step + 1, scalars)
           bar.update(step + 1, f'loss {latest["loss"]:.4f}' if latest else '')
@@ -116,4 +125,4 @@ def fit(
           lagged.flush()
           saves.save(step + 1, state, {'latest': dict(latest)})
         stop.check()
-  return state.params, latest
+  return lora.combine(state.params, frozen), latest

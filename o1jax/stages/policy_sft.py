@@ -34,6 +34,8 @@ def verified_documents(
   for problem_id, paths in counts.items():
     best = sorted(paths, key=lambda steps: (-paths[steps], len(steps)))[:limit]
     documents += [run.encoder.document(problems[problem_id], steps) for steps in best]
+  # Text that is encoded anew can have more tokens than the sampler took to write it.
+  documents = [d for d in documents if len(d.ids) <= run.row_tokens]
   order = np.random.default_rng(seed).permutation(len(documents))
   return [documents[i] for i in order]
 
@@ -41,19 +43,23 @@ def verified_documents(
 def finetune_policy(run: Run, round_: int, params: Any, found: Sequence[Trajectory]) -> Any:
   """The policy after SFT on everything verified so far."""
   name = f'round{round_}/policy_sft'
-  store, config = run.bench.store, run.config.policy_sft
+  config, params = run.config.policy_sft, run.adapted(params, 'policy')
 
   def body() -> dict[str, Any]:
     seed = run.config.run.seed * 1000 + round_
     documents = verified_documents(run, found, limit=config.max_paths_per_problem, seed=seed)
+    if not documents:
+      run.bench.progress.say(f'{name}: skipped: no program passed its tests; the policy stays')
+      run.save(name, 'policy', params)
+      return {'paths': 0} | brief(run, params, seed=seed)
     rows = pack(documents, run.row_tokens)
     data = batches(rows, batch=config.optim.batch, seed=seed)
     trained, last = fit(
       run.bench, name, 'sft', run.model, params, sft_loss(run.model), data, config.optim
     )
-    store.save_params(name, 'policy', trained)
+    run.save(name, 'policy', trained)
     result = {'paths': len(documents), 'rows': len(rows.tokens), 'loss': last['loss']}
     return result | brief(run, trained, seed=seed)
 
   run.stage(name, 'policy SFT on verified paths', body)
-  return run.load_params(name, 'policy')
+  return run.load(name, 'policy')

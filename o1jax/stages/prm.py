@@ -18,6 +18,7 @@ from o1jax.data.step_batches import StepBatchShape, step_batches
 from o1jax.learn import prm_metrics
 from o1jax.learn.objectives import prm_loss, step_scores
 from o1jax.learn.update import LossFn
+from o1jax.models import lora
 from o1jax.models.heads import StepHead, TokenHead
 from o1jax.models.transformer import Model
 from o1jax.parallel.distributed import fetch
@@ -42,11 +43,11 @@ def batch_shape(run: Run) -> StepBatchShape:
 
 def initial(run: Run, policy: Any) -> Any:
   """A PRM that starts from the policy's trunk: with a zero head, or the policy's own words."""
-  config = run.config.prm
+  config, trunk = run.config.prm, run.adapted(policy, 'prm')
   if config.readout == 'value':
-    return {'trunk': policy, 'head': StepHead.init(run.model.config)}
+    return {'trunk': trunk, 'head': StepHead.init(run.model.config)}
   good, bad = (run.tokenizer.single(text) for text in (config.good_token, config.bad_token))
-  return {'trunk': policy, 'head': TokenHead.init(run.model.output_rows(policy), good, bad)}
+  return {'trunk': trunk, 'head': TokenHead.init(run.model.output_rows(policy), good, bad)}
 
 
 def loss_of(model: Model, config: PrmConfig) -> LossFn:
@@ -61,7 +62,7 @@ def loss_of(model: Model, config: PrmConfig) -> LossFn:
 def train_prm(run: Run, round_: int, policy: Any, found: Sequence[Trajectory]) -> Any:
   """The PRM `{'trunk', 'head'}` of this round."""
   name = f'round{round_}/prm'
-  store, config = run.bench.store, run.config.prm
+  config = run.config.prm
 
   def body() -> dict[str, Any]:
     seed = run.config.run.seed * 1000 + round_
@@ -77,12 +78,19 @@ def train_prm(run: Run, round_: int, policy: Any, found: Sequence[Trajectory]) -
       margin=config.pair_margin,
       hard=config.labels == 'hard',
     )
-    loss = loss_of(run.model, config)
+    if config.mode == 'pairwise':
+      rows = [batch for batch in rows if batch.pair_weights.any()]
     start = initial(run, policy)
+    if not rows:
+      what = 'pairs of siblings' if config.mode == 'pairwise' else 'judged paths'
+      run.bench.progress.say(f'{name}: skipped: there are no {what}; it scores as it began')
+      run.save(name, 'prm', start)
+      return {'trees': len(trees), 'nodes': 0}
+    loss = loss_of(run.model, config)
     data = of_list(rows, seed=seed)
     trained, last = fit(run.bench, name, 'prm', run.model, start, loss, data, config.optim)
-    trained = blended(start, trained, config.blend)
-    store.save_params(name, 'prm', trained)
+    trained = lora.blended(start, trained, config.blend)
+    run.save(name, 'prm', trained)
     keys = ('loss', 'point_loss', 'pair_loss', 'pair_accuracy')
     nodes = sum(len(t.nodes) for t in trees.values())
     dev = run.dev[:DEV_PROBLEMS]
@@ -91,16 +99,7 @@ def train_prm(run: Run, round_: int, policy: Any, found: Sequence[Trajectory]) -
     return result | {f'dev_{k}': v for k, v in judged.items()}
 
   run.stage(name, 'process reward model on all roll-outs', body)
-  return run.load_params(name, 'prm')
-
-
-def blended(start: Any, trained: Any, share: float) -> Any:
-  """The weights `share` of the way from `start` to `trained`.
-
-  Training on some hundred problems fits these; half-way weights judge the steps of other problems
-  better than either end (Wortsman et al. 2022, arXiv 2109.01903).
-  """
-  return jax.tree.map(lambda a, b: a + share * (b - a), start, trained)
+  return run.load(name, 'prm')
 
 
 def accepted_returns(found: Iterable[Trajectory]) -> list[Trajectory]:
@@ -170,12 +169,12 @@ def held_out_trees(
   logprobs: dict[tuple[str, tuple], float] = {}
   kept = []
   for i, (problem, path, verdict) in enumerate(zip(repeated, paths, verdicts, strict=True)):
-    if verdict is None or verdict.masked or not path or len(path) > limit:
-      continue
+    ends = np.flatnonzero(drawn.tokens[i] == run.tokenizer.step_end_id)
+    if verdict is None or verdict.masked or not 0 < len(path) <= min(limit, len(ends) + 1):
+      continue  # steps that were not closed have no log-prob of their own
     kept.append(
       Trajectory(problem.id, path, verdict=verdict, reward=float(verdict.status == 'accepted'))
     )
-    ends = np.flatnonzero(drawn.tokens[i] == run.tokenizer.step_end_id)
     start = 0
     for j, end in enumerate(ends[: len(path)], start=1):
       logprobs[problem.id, path[:j]] = float(drawn.logprobs[i, start : end + 1].sum())

@@ -26,18 +26,18 @@ from o1jax.learn.objectives import (
 )
 from o1jax.learn.state import init_state
 from o1jax.learn.update import LossFn, make_update, run_updates
+from o1jax.models import lora
 from o1jax.models.heads import ScalarHead
 from o1jax.models.transformer import Model
 from o1jax.parallel.distributed import fetch
 from o1jax.parallel.sharding import batch_sharding, shard, spread
 from o1jax.run.stop import deferred
-from o1jax.sampling.draw import Drawing
 from o1jax.stages.context import Run
-from o1jax.stages.evaluate import brief, name_ids, sampler
-from o1jax.stages.fit import fit, optimizer, place, stop_if_broken
+from o1jax.stages.evaluate import brief
+from o1jax.stages.fit import optimizer, over_frozen, place, stop_if_broken
 from o1jax.stages.pairs import pair_batch
 from o1jax.stages.policy_sft import verified_documents
-from o1jax.stages.rollouts import KL, Rollouts, aggregate, roll_out, rollout_batch
+from o1jax.stages.rollouts import KL, Rollouts, aggregate, draw_problems, roll_out, rollout_batch
 from o1jax.stages.synthesis import as_trajectories
 from o1jax.types import TestCase, Trajectory
 
@@ -48,40 +48,59 @@ def improve_policy(
   policy: Any,
   prm: Any,
   tests: Mapping[str, tuple[TestCase, ...]],
+  known: Sequence[Trajectory],
 ) -> tuple[Any, list[Trajectory]]:
-  """The policy after RL, and every rollout of it, judged by the problems' own tests."""
+  """The policy after RL, and every rollout of it, judged by the problems' own tests.
+
+  `known` are the roll-outs of the run so far, whose verified paths `rl.replay` trains on.
+  """
   name = f'round{round_}/rl'
   store = run.bench.store
   chunks = store.chunks(name, 'trajectories')
 
   def body() -> dict[str, Any]:
-    trained, last, tokens = _train(run, name, round_, policy, prm, tests, chunks)
-    store.save_params(name, 'policy', trained)
-    result = {'sampled_tokens': tokens, 'outcome': last['outcome'], 'phi': last['phi']}
+    judged = _judged(run, round_, tests)
+    trained, last, tokens = policy, {}, 0
+    if judged:
+      trained, last, tokens = _train(run, name, round_, policy, prm, judged, known, chunks)
+    else:
+      run.bench.progress.say(
+        f'{name}: skipped: no training problem has confirmed tests; raise tcg.samples, or set '
+        'rl.own_tests=true; the policy stays'
+      )
+    run.save(name, 'policy', trained)
+    result = {'sampled_tokens': tokens} | {k: last[k] for k in ('outcome', 'phi') if k in last}
     return result | brief(run, trained, seed=run.config.run.seed * 1000 + round_)
 
   run.stage(name, f'{run.config.rl.algorithm} on process and outcome rewards', body)
   found = [stepwise.from_row(row) for row in chunks.rows()]
-  return run.load_params(name, 'policy'), found
+  return run.load(name, 'policy'), found
 
 
-def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
+def _judged(run: Run, round_: int, tests) -> dict[str, tuple[TestCase, ...]]:
+  """What judges each problem that RL can use: generated tests, or its own (none: `test_code`)."""
+  known, config = run.known_problems(round_), run.config.rl
+  own = {p.id: p.tests for p in known if p.tests or p.test_code} if config.own_tests else {}
+  judged = own | {p.id: tests[p.id] for p in known if p.id in tests}
+  generated = sum(key in tests for key in judged)
+  say = run.bench.progress.say
+  say(f'{generated} of {len(judged)} problems are judged by generated tests')
+  if 0 < len(judged) < config.problems:
+    say(f'rl.problems={config.problems}, but {len(judged)} have tests: an iteration has those')
+  return judged
+
+
+def _train(run: Run, name: str, round_: int, policy, prm, tests, known, chunks):
   config, bench = run.config.rl, run.bench
-  known = run.known_problems(round_)
-  generated = sum(p.id in tests for p in known)
-  if config.own_tests:
-    tests = {p.id: p.tests for p in known if p.tests} | dict(tests)
-  problems = [p for p in known if p.id in tests]
-  bench.progress.say(f'{generated} of {len(problems)} problems are judged by generated tests')
-  if len(problems) < config.problems:
-    raise ValueError(
-      f'rl.problems={config.problems}, but only {len(problems)} training problems have confirmed '
-      'tests; lower it, raise tcg.samples, or set rl.own_tests=true'
-    )
+  problems = [p for p in run.known_problems(round_) if p.id in tests]
   loss_fn, start = loss_of(run.model, config), _start(run, policy)
   tx = optimizer(config.optim)
-  state = init_state(start, tx)
-  update = make_update(loss_fn, tx)
+  trained, frozen = lora.partition(start)
+  state = init_state(trained, tx)
+  update, imitate = (
+    functools.partial(_over, make_update(over_frozen(loss), tx), frozen)
+    for loss in (loss_fn, _imitation(run.model))
+  )
   label, last, tokens, broken = f'{name}/policy', {}, 0, 0
   with deferred() as stop, bench.store.checkpoints(name, 'policy') as saves:
     found = saves.restore(state)
@@ -90,19 +109,23 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
       begin, state, meta = found
       last, tokens, broken = meta['last'], meta['tokens'], meta.get('broken', 0)
     bench.metrics.begin(label, after=begin)
+    seen = [*known, *map(stepwise.from_row, chunks.rows(before=begin))]
     with bench.progress.bar(label, config.iterations, begin) as bar:
       for iteration in range(begin, config.iterations):
         seed = (run.config.run.seed * 1000 + round_) * 1000 + iteration
         rng = np.random.default_rng(seed)
-        chosen = [problems[i] for i in rng.permutation(len(problems))[: config.problems]]
-        rollouts = roll_out(run, _policy_of(state.params), prm, chosen, tests, seed=seed)
+        chosen = draw_problems(config, problems, seen, rng)
+        params = lora.combine(state.params, frozen)
+        rollouts = roll_out(run, _policy_of(params), prm, chosen, tests, seed=seed)
         alpha = alpha_at(run, iteration)
-        reference = policy if config.reference == 'start' else _policy_of(state.params)
-        learnt = _learn(run, update, state, reference, rollouts, alpha, iteration, rng)
+        reference = policy if config.reference == 'start' else _policy_of(params)
+        learnt = _learn(run, update, state, params, reference, rollouts, alpha, iteration, rng)
         state, scalars, more = learnt
-        broken += more
+        version = round_ * config.iterations + iteration
+        seen += _record(run, chunks, iteration, rollouts, name, version)
+        state, again = _replay(run, imitate, state, seen, seed)
+        broken += more + again
         stop_if_broken(label, broken)
-        _record(run, chunks, iteration, rollouts, name, round_ * config.iterations + iteration)
         tokens += rollouts.sampled_tokens
         last = _summary(run, rollouts, alpha) | scalars
         bench.metrics.write(label, iteration + 1, last)
@@ -110,7 +133,7 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, chunks):
         saves.save(iteration + 1, state, {'last': last, 'tokens': tokens, 'broken': broken})
         stop.agree(wait=True)
         stop.check()
-  return _policy_of(state.params), last, tokens
+  return _policy_of(lora.combine(state.params, frozen)), last, tokens
 
 
 def alpha_at(run: Run, iteration: int) -> float:
@@ -190,6 +213,10 @@ def row_values(model, critic, params, batch):
   return _value_fn(model, critic)(params['critic'], hidden, batch)
 
 
+def _over(update: Callable, frozen: Any, state: Any, batch: Any):
+  return update(state, batch, frozen)
+
+
 def _read(size: int, of: Callable[..., jax.Array], *args: Any) -> np.ndarray:
   """What a model says of the rows of the last argument, a host batch: `size` rows at once.
 
@@ -204,11 +231,11 @@ def _read(size: int, of: Callable[..., jax.Array], *args: Any) -> np.ndarray:
   return np.concatenate(parts)
 
 
-def _learn(run: Run, update, state, reference, rollouts: Rollouts, alpha, iteration, rng):
+def _learn(run: Run, update, state, params, reference, rollouts: Rollouts, alpha, iteration, rng):
   """The updates of one iteration: the state, the last metrics, how many were not finite."""
   config = run.config.rl
   rows = batch_sharding(run.bench.mesh)
-  batches = _minibatches(run, state, reference, rollouts, alpha, iteration, rng)
+  batches = _minibatches(run, params, reference, rollouts, alpha, iteration, rng)
   placed = (shard(batch, rows) for batch in batches)
   state, scalars, broken = run_updates(update, state, placed, max_kl=config.max_kl or None)
   wanted = ('loss', 'grad_norm', 'skipped', 'clip_fraction', 'old_kl', 'accuracy', 'margin')
@@ -219,7 +246,7 @@ def _learn(run: Run, update, state, reference, rollouts: Rollouts, alpha, iterat
   return state, {k: scalars[k] for k in wanted if k in scalars}, broken
 
 
-def _minibatches(run: Run, state, reference, rollouts: Rollouts, alpha, iteration, rng):
+def _minibatches(run: Run, params, reference, rollouts: Rollouts, alpha, iteration, rng):
   config = run.config.rl
   size = config.minibatch
   if config.algorithm == 'dpo':
@@ -227,8 +254,10 @@ def _minibatches(run: Run, state, reference, rollouts: Rollouts, alpha, iteratio
     ref_logprobs = lambda side: _read(size, row_logprobs, run.model, reference, side)  # noqa: E731
     whole = pair_batch(config, rollouts, alpha, ref_logprobs, config.rows // 2)
   else:
-    whole = _rollout_batch(run, state, reference, rollouts, alpha, iteration)
+    whole = _rollout_batch(run, params, reference, rollouts, alpha, iteration)
   count = len(jax.tree.leaves(whole)[0])
+  ways = run.bench.mesh.shape['data'] * run.bench.mesh.shape['fsdp']
+  size = min(size, max(count // ways, 1) * ways)  # fewer problems than asked for have tests
   for _ in range(config.epochs):
     order = rng.permutation(count)
     for start in range(0, count - size + 1, size):
@@ -237,7 +266,7 @@ def _minibatches(run: Run, state, reference, rollouts: Rollouts, alpha, iteratio
 
 
 def _rollout_batch(
-  run: Run, state, reference, rollouts: Rollouts, alpha, iteration
+  run: Run, params, reference, rollouts: Rollouts, alpha, iteration
 ) -> RolloutBatch:
   """The iteration's batch, with what the configured loss reads of the models."""
   config = run.config.rl
@@ -248,19 +277,43 @@ def _rollout_batch(
     args['ref_logprobs'] = _read(config.minibatch, row_logprobs, run.model, reference, views)
   if config.importance_cap:
     args['now_logprobs'] = _read(
-      config.minibatch, row_logprobs, run.model, _policy_of(state.params), views
+      config.minibatch, row_logprobs, run.model, _policy_of(params), views
     )
   values = None
   if config.algorithm == 'ppo':
-    values = _read(config.minibatch, row_values, run.model, config.critic, state.params, views)
+    values = _read(config.minibatch, row_values, run.model, config.critic, params, views)
   return rollout_batch(config, rollouts, alpha, values=values, **args)
 
 
-def _record(run: Run, chunks, iteration: int, rollouts: Rollouts, origin: str, version: int):
+def _imitation(model: Any):
+  """SFT on the policy within what the configured loss trains."""
+  loss = sft_loss(model)
+  return lambda params, batch: loss(_policy_of(params), batch)
+
+
+def _replay(run: Run, update, state, seen: Sequence[Trajectory], seed: int):
+  """`rl.replay` updates on the verified paths so far: the state, how many were not finite."""
+  config = run.config
+  limit = config.policy_sft.max_paths_per_problem
+  documents = verified_documents(run, seen, limit=limit, seed=seed) if config.rl.replay else []
+  if not documents:
+    return state, 0
+  batch = config.policy_sft.optim.batch
+  data = batches(pack(documents, run.row_tokens), batch=batch, seed=seed)
+  rows = batch_sharding(run.bench.mesh)
+  placed = (shard(data[i], rows) for i in range(config.rl.replay))
+  state, _, broken = run_updates(update, state, placed)
+  return state, broken
+
+
+def _record(
+  run: Run, chunks, iteration: int, rollouts: Rollouts, origin: str, version: int
+) -> list[Trajectory]:
   """Keeps the iteration's rollouts in the open format, judged by the problems' own tests."""
   found = as_trajectories(run, rollouts.problems, rollouts.paths, origin=origin, version=version)
   prompts = {p.id: steps_lib.prompt_of(p.statement) for p in rollouts.problems}
   chunks.write(iteration, [stepwise.to_row(t, prompts[t.problem_id]) for t in found])
+  return found
 
 
 def _summary(run: Run, rollouts: Rollouts, alpha: float) -> dict[str, float]:
@@ -274,37 +327,3 @@ def _summary(run: Run, rollouts: Rollouts, alpha: float) -> dict[str, float]:
     'path_tokens': rollouts.sampled_tokens / len(rollouts.paths),
     'masked': float((1.0 - rollouts.valid).sum()),
   }
-
-
-def expert_iteration(
-  run: Run, policy: Any, found: Sequence[Trajectory], tokens: int, *, seed: int
-) -> Any:
-  """The control of round 0's RL: SFT on verified samples, with as many sampled tokens.
-
-  Samples come from the policy that RL started from; SFT starts from it too and also
-  sees the verified paths that its own SFT saw.
-  """
-  name = 'expert_iteration/rl'
-  store, config = run.bench.store, run.config
-
-  def body() -> dict[str, Any]:
-    drawn: list[Trajectory] = []
-    spent = 0
-    draw = sampler(run, Drawing(config.rl.temperature), config.search.rows)
-    problems = run.known_problems(0)
-    prompts = [run.encoder.prompt(p) for p in problems]
-    while spent < tokens:  # one path a problem and pass
-      batch = draw(policy, prompts, seed=seed + spent, ids=name_ids(problems))
-      spent += batch.generated
-      paths = [run.encoder.steps_of(batch.ids(i)) for i in range(len(problems))]
-      drawn += as_trajectories(run, problems, paths, origin=name, version=0)
-    limit = config.policy_sft.max_paths_per_problem
-    documents = verified_documents(run, [*found, *drawn], limit=limit, seed=seed)
-    data = batches(pack(documents, run.row_tokens), batch=config.policy_sft.optim.batch, seed=seed)
-    optim = config.policy_sft.optim
-    trained, _ = fit(run.bench, name, 'sft', run.model, policy, sft_loss(run.model), data, optim)
-    store.save_params(name, 'policy', trained)
-    return {'sampled_tokens': spent} | brief(run, trained, seed=seed)
-
-  run.stage(name, 'control: SFT on verified samples, no RL', body)
-  return run.load_params(name, 'policy')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -22,8 +22,9 @@ from o1jax.sampling.draw import Drawing
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import name_ids, sampler
 from o1jax.stages.prm import score_paths
-from o1jax.types import Problem, Step, TestCase
+from o1jax.types import Problem, Step, TestCase, Trajectory
 
+SOLVED_WEIGHT = 0.05  # of a problem whose latest roll-outs all succeeded, beside 1.05 if all failed
 KL = {'k1': returns_lib.kl_k1, 'k2': returns_lib.kl_k2, 'k3': returns_lib.kl_k3}
 
 
@@ -42,6 +43,33 @@ class Rollouts:
   logprobs: np.ndarray  # [B, T] float32
   step_ids: np.ndarray  # [B, T] int32
   sampled_tokens: int
+
+
+def draw_problems(
+  config: RlConfig,
+  problems: Sequence[Problem],
+  seen: Iterable[Trajectory],
+  rng: np.random.Generator,
+) -> list[Problem]:
+  """`rl.problems` different ones, or all of fewer.
+
+  All have the same chance, or with `rl.prioritised` one that falls with their latest success.
+  `seen` are roll-outs in the order of their making; those of one problem, origin and policy
+  belong together, and the last of them count. One that was never tried counts as failed.
+  """
+  weights = np.ones(len(problems))
+  if config.prioritised:
+    groups: dict[str, tuple[Any, list[bool]]] = {}
+    for t in seen:
+      made_by = (t.origin, t.policy_version)
+      if groups.get(t.problem_id, (None,))[0] != made_by:
+        groups[t.problem_id] = (made_by, [])
+      groups[t.problem_id][1].append(t.accepted)
+    solved = [np.mean(groups[p.id][1]) if p.id in groups else 0.0 for p in problems]
+    weights += SOLVED_WEIGHT - np.array(solved)
+  count = min(config.problems, len(problems))
+  picked = rng.choice(len(problems), count, replace=False, p=weights / weights.sum())
+  return [problems[i] for i in picked]
 
 
 def roll_out(

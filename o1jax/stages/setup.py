@@ -8,8 +8,10 @@ import logging
 import pathlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import psutil
 from jax.sharding import Mesh
 
@@ -17,8 +19,9 @@ from o1jax.config import Config, ConfigError
 from o1jax.data.paths import PathEncoder
 from o1jax.data.problems import load_split
 from o1jax.data.tokens import Tokenizer
-from o1jax.models import hf
-from o1jax.models.transformer import Model, Params
+from o1jax.models import hf, lora, nf4
+from o1jax.models.backends import choose
+from o1jax.models.transformer import Model
 from o1jax.parallel import distributed
 from o1jax.parallel.join import join
 from o1jax.parallel.mesh import make_mesh, meshes_that_fit
@@ -32,6 +35,8 @@ from o1jax.sandbox.protocol import Limits, SandboxError
 from o1jax.stages.context import Run, Workbench
 from o1jax.stages.execute import Executor
 from o1jax.types import Problem
+
+logger = logging.getLogger(__name__)
 
 
 def model_folder(config: Config) -> pathlib.Path:
@@ -84,8 +89,7 @@ def dry_run(config: Config, force: bool = False) -> None:
   join(config.distributed)
   distributed.from_first(lambda: check_folder(config, force))
   mesh, model, tokenizer = distributed.together(lambda: _checked(config))
-  splits = {name: _split(config, name) for name in ('dev',)}
-  _check_prompts(config, PathEncoder(tokenizer), splits)
+  read_split(config, 'dev', PathEncoder(tokenizer))
   progress = Progress()
   with _pool(config) as pool:
     shapes = jax.tree.leaves(model.shapes())
@@ -106,33 +110,58 @@ def _ambient(mesh: Mesh) -> Iterator[None]:
     yield
 
 
-def _base(config: Config, mesh: Mesh) -> Params:
-  """The base model's parameters over the mesh; each device reads its own slices."""
-  placed = None
-  if mesh.size > 1:
-    placed = lambda model: param_shardings(mesh, model, model.shapes())  # noqa: E731
-  return hf.load(model_folder(config), placed)[1]
+def _base(config: Config, mesh: Mesh) -> Any:
+  """The base model's parameters over the mesh; each device reads its own slices.
+
+  Where roles share them they are laid out over a mesh of one device too, once for all.
+  """
+  place = None
+  if mesh.size > 1 or config.lora.used:
+    place = lambda model: param_shardings(mesh, model, model.shapes())  # noqa: E731
+  _, base = hf.load(model_folder(config), place, dtype=config.model.dtype)
+  return lora.quantised(base) if config.lora.base == 'nf4' else base
 
 
 def _splits(config: Config, encoder: PathEncoder) -> dict[str, tuple[Problem, ...]]:
-  splits = {name: _split(config, name) for name in ('train', 'dev', 'test')}
-  _check_prompts(config, encoder, splits)
-  return splits
+  return {name: read_split(config, name, encoder) for name in ('train', 'dev', 'test')}
 
 
 def step_bytes(config: Config, model: Model) -> int:
-  """Rough bytes of the largest training step: state, activations and logits in float32."""
-  arch = model.config
-  weights = sum(x.size for x in jax.tree.leaves(model.shapes())) * 4
-  tokens = (config.data.max_prompt_tokens + config.data.max_path_tokens) * max(
-    config.policy_sft.optim.batch // config.policy_sft.optim.accumulate,
-    config.prm.optim.batch // config.prm.optim.accumulate,
-    config.rl.minibatch,
-  )
+  """Rough bytes of the largest training step: state, activations, scores of attention, logits."""
+  arch, each = model.config, jnp.dtype(model.config.dtype).itemsize
   width = 14 * arch.hidden_size + 4 * arch.intermediate_size
-  activations = tokens * arch.num_layers * width * 4
-  logits = min(tokens * arch.vocab_size * 4, 64 << 20) * 3
-  return 4 * weights + activations + logits
+  kept = 1 if model.remat else arch.num_layers  # layers whose insides are there at once
+
+  def activations(rows: int, columns: int) -> int:
+    inside = rows * columns * width * each + 8 * rows * arch.num_heads * columns**2
+    return kept * inside + arch.num_layers * rows * columns * arch.hidden_size * each
+
+  columns = config.data.max_prompt_tokens + config.data.max_path_tokens
+  optims = [(config.policy_sft.optim, columns, 1), (config.prm.optim, columns, 1)]
+  optims += [(config.tcg.sft, config.tcg.row_tokens, 1), (config.tcg.dpo, config.tcg.row_tokens, 2)]
+  shapes = [(sides * o.batch // o.accumulate, t) for o, t, sides in optims]
+  rows, columns = max([*shapes, (config.rl.minibatch, columns)], key=lambda s: activations(*s))
+  logits = min(rows * columns * arch.vocab_size * 4, 64 << 20) * 3
+  return state_bytes(config, model) + activations(rows, columns) + logits
+
+
+def state_bytes(config: Config, model: Model) -> int:
+  """Bytes of weights, their gradients and two moments, in the role that needs most.
+
+  The base is there beside the adapters, or beside the weights that a role without one trains.
+  """
+  shapes = model.shapes()
+  each = jnp.dtype(model.config.dtype).itemsize
+  whole = sum(x.size for x in jax.tree.leaves(shapes)) * each
+  base = whole
+  if config.lora.base == 'nf4':  # 4 bits and a float32 for 64 weights
+    projections = sum(shapes['layers'][name].size for name in lora.PROJECTIONS)
+    base -= int(projections * (each - 0.5 - 4 / nf4.BLOCK))
+  needs = []
+  for section in (config.lora.policy, config.lora.tcg, config.lora.prm):
+    spec = lora.Spec(section.rank, section.alpha, section.modules)
+    needs.append(16 * lora.factor_count(shapes, spec) if section.rank else 4 * whole)
+  return max(needs) + (base if config.lora.used else 0)
 
 
 @contextmanager
@@ -169,8 +198,10 @@ def _checked(config: Config):
   mesh = model = tokenizer = None
   folder = model_folder(config)
   try:
-    model = dataclasses.replace(hf.read_model(folder), remat=config.model.remat)
-    tokenizer = Tokenizer(folder)
+    model = hf.read_model(folder, dtype=config.model.dtype)
+    model = dataclasses.replace(model, remat=config.model.remat, attention=config.model.attention)
+    choose(model.attention, model.config, config.data.max_prompt_tokens)
+    tokenizer = Tokenizer(folder, chat=config.model.chat)
     _ = tokenizer.step_end_id, tokenizer.action_ids
   except (ValueError, OSError) as error:
     faults.append(f'model.path={config.model.path!r}: {error}')
@@ -222,24 +253,36 @@ def _too_large(config: Config, model: Model, mesh) -> list[str]:
   ]
 
 
-def _split(config: Config, name: str) -> tuple[Problem, ...]:
+def read_split(config: Config, name: str, encoder: PathEncoder) -> tuple[Problem, ...]:
+  """A split's first problems whose prompts the run can read; the others are counted and told."""
+  limit = config.data.max_prompt_tokens
+  long: list[int] = []  # tokens of the prompts that are too long
+  tagged: list[str] = []  # statements with text that would be read as a control token
+
+  def usable(problem: Problem) -> bool:
+    if (token := encoder.tokenizer.control_text(problem.statement)) is not None:
+      tagged.append(f'{problem.id} spells out {token!r}')
+      return False
+    length = len(encoder.prompt(problem))
+    if length > limit:
+      long.append(length)
+    return length <= limit
+
+  def left_out() -> str:
+    texts = [f'{len(long)} have more than data.max_prompt_tokens={limit} tokens'] if long else []
+    texts[:1] = [f'{text} (from {min(long)} to {max(long)})' for text in texts]
+    texts += [f'{len(tagged)} spell out a special token ({tagged[0]})'] if tagged else []
+    return f'{name}: {len(long) + len(tagged)} problems left out: {"; ".join(texts)}'
+
   count = getattr(config.data, f'{name}_problems')
   try:
-    return load_split(config.data.source, name, count, seed=0)
+    found = load_split(config.data.source, name, count, seed=0, usable=usable)
   except (ValueError, OSError) as error:
-    raise ConfigError('data', [str(error)]) from None
-
-
-def _check_prompts(config: Config, encoder: PathEncoder, splits) -> None:
-  limit = config.data.max_prompt_tokens
-  for name, problems in splits.items():
-    try:
-      longest = max(len(encoder.prompt(p)) for p in problems)
-    except ValueError as error:
-      raise ConfigError('data', [f'{name}: {error}']) from None
-    if longest > limit:
-      text = f'data.max_prompt_tokens={limit}, but a {name} prompt has {longest}; use {longest}'
-      raise ConfigError('data', [text])
+    faults = [left_out()] if long or tagged else []
+    raise ConfigError('data', [*faults, str(error)]) from None
+  if long or tagged:
+    logger.warning('%s', left_out())
+  return found
 
 
 def _pool(config: Config) -> Pool:

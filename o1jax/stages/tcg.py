@@ -71,7 +71,7 @@ def train_tcg(run: Run) -> Any:
     return result | {'tested_problems': len(tests), 'untested_problems': without}
 
   run.stage(STAGE, 'test-case generator: SFT, then DPO on shuffled outputs', body)
-  return run.load_params(STAGE, 'dpo')
+  return run.load(STAGE, 'dpo')
 
 
 def tcg_table(run: Run) -> list[dict[str, Any]]:
@@ -86,7 +86,7 @@ def tcg_table(run: Run) -> list[dict[str, Any]]:
   problems = run.test[: config.eval_problems]
   rows = []
   for stage in ('base', *saved):
-    params = run.base if stage == 'base' else run.load_params(STAGE, saved[stage])
+    params = run.base if stage == 'base' else run.load(STAGE, saved[stage])
     rows.append({'stage': stage} | tcg_quality(run, params, problems, seed=run.config.run.seed))
   return rows
 
@@ -240,11 +240,17 @@ answer_logprobs = jax.jit(sequence_logprobs, static_argnums=0)
 
 
 def _fit_sft(run: Run, documents: Sequence[Document]) -> Any:
-  config = run.config.tcg
+  config, start = run.config.tcg, run.adapted(run.base, 'tcg')
+  if not documents:
+    run.bench.progress.say(
+      f'{STAGE}/sft: skipped: no training problem has three tests of its own that fit '
+      f'tcg.row_tokens={config.row_tokens}; the generator stays as it was'
+    )
+    return start
   rows = pack(documents, config.row_tokens)
   data = batches(rows, batch=config.sft.batch, seed=run.config.run.seed)
   loss = sft_loss(run.model)
-  return fit(run.bench, STAGE, 'sft', run.model, run.base, loss, data, config.sft)[0]
+  return fit(run.bench, STAGE, 'sft', run.model, start, loss, data, config.sft)[0]
 
 
 def pair_loss(model: Model, config: TcgConfig, preference: float) -> LossFn:
@@ -263,6 +269,9 @@ def pair_loss(model: Model, config: TcgConfig, preference: float) -> LossFn:
 def _fit_pairs(run: Run, name: str, start: Any, pairs: PairBatch, *, preference: float) -> Any:
   """DPO, or with `preference` 0 its control, which has nothing but the NLL term."""
   config = run.config.tcg
+  if not len(pairs.chosen.tokens):
+    run.bench.progress.say(f'{STAGE}/{name}: skipped: there are no pairs; it stays as SFT left it')
+    return start
   data = batches(pairs, batch=config.dpo.batch, seed=run.config.run.seed)
   loss = pair_loss(run.model, config, preference)
   return fit(run.bench, STAGE, name, run.model, start, loss, data, config.dpo)[0]
@@ -270,9 +279,8 @@ def _fit_pairs(run: Run, name: str, start: Any, pairs: PairBatch, *, preference:
 
 def _saved(run: Run, name: str, train: Callable[[], Any]) -> Any:
   """Parameters that an earlier session saved as `name`, or else those of `train`, saved."""
-  store = run.bench.store
   try:
-    return run.load_params(STAGE, name)
+    return run.load(STAGE, name)
   except FileNotFoundError:
-    store.save_params(STAGE, name, train())
-    return run.load_params(STAGE, name)  # laid out as a resumed session finds them
+    run.save(STAGE, name, train())
+    return run.load(STAGE, name)  # laid out as a resumed session finds them

@@ -1,0 +1,231 @@
+"""Continuing paths of the pool: a batch whose finished rows are replaced while it decodes.
+
+The device decodes until some rows have stopped, then they are handed over and the next ones of the
+queue take their places, each with its prefix gathered from the pool so that it ends at the common
+column. The steps that rows begin with go back into the pool. What a row draws depends on its
+name alone, up to the rounding of sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from o1jax.parallel.distributed import fetch
+from o1jax.parallel.sharding import ambient_ways, constrain
+from o1jax.sampling.cache import DecodeState, laid_out
+from o1jax.sampling.decode import Continuation, run
+from o1jax.sampling.keys import row_keys
+from o1jax.sampling.kv_pool import NONE, gather, refill
+from o1jax.sampling.paths import Path, Paths
+from o1jax.sampling.sampler import (
+  COLUMN_MULTIPLE,
+  SHRINK,
+  Sampler,
+  Samples,
+  empty_samples,
+  round_up,
+)
+
+CHUNK = 16  # tokens drawn between two replacements, at most
+FEWEST_ROWS = 16  # of a batch
+DEAD_SHARE = 3  # rows are replaced when one in so many has stopped: each time copies the batch
+_DRAWN = ('tokens', 'logprobs', 'lengths', 'live', 'marked')  # what the host reads of a batch
+
+
+def continue_paths(
+  sampler: Sampler,
+  paths: Paths,
+  todo: Sequence[Path],
+  *,
+  seed: int,
+  ids: np.ndarray,
+  marks: tuple[int, ...] = (),
+  keep: Callable[[Path], bool] = lambda path: True,
+) -> Samples:
+  """Continues every path, each row with draws of its own.
+
+  Args:
+    sampler: model, limits and drawing; its model is that of `paths`.
+    paths: where they are, or are put.
+    todo: [n] paths to continue; one may stand there several times, best in succession.
+    seed: with `ids` it decides every draw.
+    ids: [n, I] non-negative ints that name each row's draws.
+    marks: tokens that end a step. A row's path and its first new step go into the pool as one ...
+    keep: ... if this is true of it.
+
+  Returns:
+    The samples; `computed` is without what `paths` read, which it counts itself.
+
+  Raises:
+    ValueError: a path and `max_new` exceed the model's positions; or see `Paths.read`.
+  """
+  return _Queue(sampler, paths, todo, seed, ids, marks, keep).run()
+
+
+def widest(sampler: Sampler, longest: int) -> int:
+  """Columns of the cache in which paths of up to `longest` tokens are continued."""
+  return round_up(longest + sampler.max_new, COLUMN_MULTIPLE) + CHUNK
+
+
+class _Queue:
+  def __init__(self, sampler: Sampler, paths: Paths, todo, seed: int, ids, marks, keep):
+    self.sampler, self.paths, self.todo = sampler, paths, list(todo)
+    self.marks, self.keep = marks, keep
+    longest, limit = max(map(paths.length, todo)), sampler.model.config.max_position
+    if longest + sampler.max_new > limit:
+      raise ValueError(
+        f'{longest} tokens and max_new={sampler.max_new} exceed max_position={limit} of the model; '
+        f'use max_new of at most {limit - longest}'
+      )
+    self.width = widest(sampler, longest) - CHUNK
+    self.out = empty_samples(len(todo), sampler.max_new)
+    self.uniforms = _uniforms(seed, ids, sampler.max_new)
+    self.next = self.ready = 0  # of `todo`: the first not begun, the first not read
+    self.stored = np.zeros(len(todo), bool)
+    self.computed = 0
+
+  def run(self) -> Samples:
+    state, where = None, np.zeros(0, int)  # row -> index in `todo`, NONE for a dead one
+    while True:
+      state, where = self._arrange(state, where)
+      if not (where != NONE).any():
+        break
+      state, where = self._decode(state, where)
+    generated = int(self.out.lengths.sum())
+    return dataclasses.replace(self.out, generated=generated, computed=self.computed)
+
+  def _arrange(self, state: DecodeState | None, where: np.ndarray):
+    """A batch of the rows that go on and of new ones."""
+    on = np.flatnonzero(where != NONE)
+    wanted = min(len(on) + len(self.todo) - self.next, self.sampler.rows)
+    rows = min(self.sampler.rows, max(FEWEST_ROWS, 1 << (wanted - 1).bit_length() if wanted else 0))
+    rows = round_up(rows, ambient_ways())
+    new = np.arange(self.next, min(self.next + rows - len(on), len(self.todo)))
+    self.next += len(new)
+    self._read_ahead(new)
+    if not len(on) and not len(new):
+      return state, np.zeros(0, int)
+    # Who goes on keeps its order and comes first.
+    take = np.pad(on, (0, rows - len(on)), constant_values=NONE).astype(np.int32)
+    begun: list[Path] = [()] * len(on) + [self.todo[i] for i in new]
+    table, states = self.paths.table(begun, rows, self.width)
+    place = functools.partial(_place, self.sampler.model, self.paths.pool)
+    state = place(table, states) if state is None else place(table, states, state, take)
+    where = np.concatenate([where[on], new]).astype(int)
+    return state, np.pad(where, (0, rows - len(where)), constant_values=NONE)
+
+  def _read_ahead(self, new: np.ndarray) -> None:
+    """Reads the paths of the next rows, and holds them until they are continued."""
+    while self.ready < (new[-1] + 1 if len(new) else 0):
+      block = self.todo[self.ready : self.ready + self.sampler.rows]
+      self.paths.read(list(dict.fromkeys(block)))
+      for path in block:
+        self.paths.pin(path, 1)
+      self.ready += len(block)
+
+  def _decode(self, state: DecodeState, where: np.ndarray) -> tuple[DecodeState, np.ndarray]:
+    """Draws tokens until enough rows have stopped; the rows that go on."""
+    live = where != NONE
+    rows = _begin(state, self._chunk(where), live, self.stored[where] | ~live)
+    waiting = self.next < len(self.todo)
+    size = len(where)
+    # Where nothing waits, a much smaller batch is worth a new shape.
+    smaller = size // SHRINK if size // SHRINK >= FEWEST_ROWS else 0
+    leave = size - size // DEAD_SHARE if waiting else smaller
+    rows = run(
+      self.sampler.model,
+      self.paths.params,
+      rows,
+      stop_ids=self.sampler.stop_ids,
+      how=self.sampler.how,
+      leave=min(leave, int(live.sum()) - 1),
+      mark_ids=self.marks,
+    )
+    self.computed += size * int(rows.steps)
+    done = self.out.lengths[np.maximum(where, 0)]  # before these
+    got = fetch({name: getattr(rows, name) for name in _DRAWN})
+    self._hand_over(got, where)
+    self._store(rows, got['marked'], where, done)
+    on = got['live'] & live & (self.out.lengths[where] < self.sampler.max_new)
+    for i in where[live & ~on]:
+      self.paths.pin(self.todo[i], -1)
+    return rows.state, np.where(on, where, NONE)
+
+  def _chunk(self, where: np.ndarray) -> np.ndarray:
+    """The next uniforms of each row, [R, CHUNK]."""
+    done = self.out.lengths[np.maximum(where, 0)]
+    columns = np.minimum(done[:, None] + np.arange(CHUNK), self.sampler.max_new - 1)
+    return self.uniforms[np.maximum(where, 0)[:, None], columns]
+
+  def _hand_over(self, got: dict[str, np.ndarray], where: np.ndarray) -> None:
+    """Appends what was drawn to the samples."""
+    tokens, logprobs, lengths, live = (got[k] for k in ('tokens', 'logprobs', 'lengths', 'live'))
+    out = self.out
+    for r in np.flatnonzero(where != NONE):
+      i, done = where[r], out.lengths[where[r]]
+      count = min(int(lengths[r]), self.sampler.max_new - done)  # the rest is beyond the limit
+      out.tokens[i, done : done + count] = tokens[r, :count]
+      out.logprobs[i, done : done + count] = logprobs[r, :count]
+      out.lengths[i] = done + count
+      out.stopped[i] = not live[r] and count == lengths[r]
+
+  def _store(self, rows: Continuation, marked: np.ndarray, where: np.ndarray, done) -> None:
+    """Puts the first steps that were completed into the pool, each distinct one once."""
+    news: dict[Path, tuple[Path, int, np.ndarray]] = {}
+    for r in np.flatnonzero(marked & (where != NONE)):
+      i = where[r]
+      if self.stored[i]:
+        continue
+      self.stored[i] = True
+      tokens = self.out.ids(i)
+      end = next((t for t, token in enumerate(tokens) if token in self.marks), None)
+      if end is None:  # it lies beyond the limit
+        continue
+      step = tuple(tokens[: end + 1])
+      path = (*self.todo[i], step)
+      if path not in self.paths and path not in news and self.keep(path):
+        # Token t of a row lies t columns after its first, which `done` tokens before lie left of W.
+        news[path] = (path, r, self.width - done[r] + np.arange(len(step)))
+    self.paths.store(rows.state, rows.mark, news.values())
+
+
+def _uniforms(seed: int, ids: np.ndarray, count: int) -> np.ndarray:
+  """All random numbers of the rows, [n, count]; a power of two of rows, to compile seldom."""
+  size = 1 << (len(ids) - 1).bit_length()
+  keys = row_keys(seed, np.pad(ids, ((0, size - len(ids)), (0, 0))))
+  return np.asarray(_draw(keys, count))[: len(ids)]
+
+
+@functools.partial(jax.jit, static_argnames='count')
+def _draw(keys: jax.Array, count: int) -> jax.Array:
+  return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
+
+
+def _place(model, pool, table, states, old=None, take=None) -> DecodeState:
+  if old is None:
+    return gather(model, pool, table, states, new=CHUNK)
+  return refill(model, pool, old, take, table, states, new=CHUNK)
+
+
+@functools.partial(jax.jit, donate_argnames='state')
+def _begin(
+  state: DecodeState, uniforms: jax.Array, live: jax.Array, marked: jax.Array
+) -> Continuation:
+  by_row = functools.partial(constrain, names=('batch',))
+  return Continuation(
+    state=laid_out(state),
+    uniforms=by_row(uniforms),
+    tokens=by_row(jnp.zeros(uniforms.shape, jnp.int32)),
+    logprobs=by_row(jnp.zeros(uniforms.shape, jnp.float32)),
+    lengths=by_row(jnp.zeros(live.shape, jnp.int32)),
+    live=by_row(live),
+    steps=jnp.int32(0),
+    marked=by_row(marked),
+    mark=by_row(jnp.zeros_like(state.hidden)),
+  )

@@ -1,0 +1,316 @@
+"""Which slots of the pool hold which path: a path is read once, and evicted when it must be.
+
+A path is a prompt and the steps after it. Each of its steps owns the slots of its own tokens, and
+a path whose end is in the pool has all of its steps there: what is evicted is always a last step.
+A path that is not there (evicted, or never stored) is read from where the pool leaves off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+
+from o1jax.models.transformer import Model, Params
+from o1jax.parallel.distributed import fetch
+from o1jax.parallel.sharding import ambient_ways
+from o1jax.sampling.cache import DecodeState, extend
+from o1jax.sampling.kv_pool import NONE, empty_pool, gather, state_bytes, store, token_bytes
+from o1jax.sampling.sampler import FEWEST, PROMPT_MULTIPLE, length_batches, round_up
+
+Path = tuple[Any, ...]  # (index of the prompt, *steps), a step being a tuple of token ids
+SMALLEST = 64  # tokens copied at once are padded to this or a higher power of two
+SHORTEST = 8  # likewise those of a step that is read
+# State before, states [R, t, D], tokens [R, t], mask [R, t] -> a number for each row.
+Measure = Callable[[jax.Array, jax.Array, np.ndarray, np.ndarray], jax.Array]
+
+
+@dataclasses.dataclass
+class _Entry:
+  """A step in the pool."""
+
+  slots: np.ndarray  # [tokens] int32
+  state: int  # row of the pool's `hidden`
+  used: int  # when it was last asked for
+  children: int = 0  # steps after it that are in the pool
+  pins: int = 0  # rows that are being continued from here
+
+
+class Paths:
+  """The paths of some prompts under one model's parameters.
+
+  Args:
+    model: the decoder.
+    params: its parameters.
+    prompts: token ids, none empty.
+    slots: tokens that the pool holds. See `check_memory` for what fits.
+    states: steps that it holds, prompts included.
+    rows: paths read at once.
+
+  `computed` counts positions that went through the model, padding included; `read_again` the
+  tokens among them that had been read before and were evicted.
+  """
+
+  def __init__(
+    self,
+    model: Model,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    slots: int,
+    states: int,
+    rows: int,
+  ):
+    self.model, self.params, self.rows = model, params, rows
+    self.prompts = [tuple(p) for p in prompts]
+    self.slots = slots
+    self.pool = empty_pool(model, slots, states)
+    self.computed = self.read_again = self.evicted = 0
+    self._entries: dict[Path, _Entry] = {}
+    self._seen: set[Path] = set()
+    self._free = np.arange(slots, dtype=np.int32)
+    self._free_states = list(range(states))
+    self._clock = 0
+
+  def __contains__(self, path: Path) -> bool:
+    return path in self._entries
+
+  def tokens(self, path: Path) -> tuple[int, ...]:
+    """The path's own tokens: of its last step, or of the prompt."""
+    return path[-1] if len(path) > 1 else self.prompts[path[0]]
+
+  def length(self, path: Path) -> int:
+    """Tokens of the whole path, prompt included."""
+    return len(self.prompts[path[0]]) + sum(map(len, path[1:]))
+
+  def read(self, paths: Sequence[Path]) -> None:
+    """Puts the paths into the pool, as far as they are not in it. See `pin`.
+
+    Raises:
+      ValueError: the pool cannot hold so many paths at once.
+    """
+    self._clock += 1
+    for path in paths:
+      self._touch(path)
+    while missing := list(dict.fromkeys(filter(None, map(self._first_missing, paths)))):
+      self.read_steps(missing)
+
+  def read_steps(
+    self,
+    paths: Sequence[Path],
+    measure: Measure | None = None,
+    keep: Callable[[Path], bool] = lambda path: True,
+  ) -> np.ndarray:
+    """Reads the last steps of paths whose parents are in the pool.
+
+    Args:
+      paths: none of them in the pool.
+      measure: something to know of every step.
+      keep: which of them are put into the pool.
+
+    Returns:
+      What `measure` says, [paths] float32.
+    """
+    out = np.zeros(len(paths), np.float32)
+    for batch in length_batches([self.tokens(p) for p in paths], self.rows):
+      out[batch] = self._read_batch([paths[i] for i in batch], measure, keep)
+    return out
+
+  def _read_batch(self, paths: list[Path], measure, keep) -> np.ndarray:
+    steps = [self.tokens(p) for p in paths]
+    rows = round_up(min(self.rows, max(FEWEST, _power(len(paths)))), ambient_ways())
+    longest = max(map(len, steps))
+    roots = all(len(p) == 1 for p in paths)
+    width = round_up(longest, PROMPT_MULTIPLE) if roots else max(SHORTEST, _power(longest))
+    tokens, mask = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
+    for r, step in enumerate(steps):
+      tokens[r, : len(step)] = step
+      mask[r, : len(step)] = True
+    table, states = self.table([p[:-1] for p in paths], rows)
+    state = gather(self.model, self.pool, table, states, new=width)
+    before = jnp.copy(state.hidden)  # `extend` deletes the state
+    hidden, state = extend(self.model, self.params, state, tokens, mask)
+    self.computed += tokens.size
+    self.read_again += sum(len(s) for p, s in zip(paths, steps, strict=True) if p in self._seen)
+    kept = [(p, r) for r, p in enumerate(paths) if keep(p)]
+    columns = table.shape[1] + np.arange(width)
+    news = [(p, r, columns[: len(steps[r])]) for p, r in kept]
+    if self.store(state, state.hidden, news) < len(news):
+      raise ValueError(
+        f'a pool of {self.slots} tokens cannot hold the {len(paths)} paths that are continued at '
+        f'once; raise pool_tokens or lower rows'
+      )
+    if measure is None:
+      return np.zeros(len(paths), np.float32)
+    return fetch(measure(before, hidden, tokens, mask))[: len(paths)]
+
+  def store(
+    self, state: DecodeState, hidden: jax.Array, news: Iterable[tuple[Path, int, np.ndarray]]
+  ) -> int:
+    """Puts last steps of paths into the pool, as far as there is room.
+
+    Args:
+      state: which has read them.
+      hidden: [R, D], for each row the state after the step.
+      news: of each: the path, whose parent is in the pool; its row; its columns [tokens].
+
+    Returns:
+      How many are in the pool now.
+    """
+    rows, columns, slots, states, ends = [], [], [], [], []
+    for path, row, where in news:
+      entry = self._add(path, len(where))
+      if entry is None:
+        break
+      rows.append(np.full(len(where), row))
+      columns.append(where)
+      slots.append(entry.slots)
+      states.append(entry.state)
+      ends.append(row)
+    if states:
+      tokens = [np.concatenate(x) for x in (rows, columns, slots)]
+      self.pool = store(
+        self.pool,
+        state,
+        tuple(_padded(x, fill) for x, fill in zip(tokens, (0, 0, self.slots), strict=True)),
+        hidden,
+        (_padded(states, len(self.pool.hidden)), _padded(ends, 0)),
+      )
+    return len(states)
+
+  def table(
+    self, paths: Sequence[Path], rows: int, width: int = 0
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Slots [rows, W] and states [rows] of paths in the pool, for `gather`.
+
+    An empty path, and a row beyond the last path, is a row of NONE. W is `width`, or the
+    longest path's length rounded up.
+    """
+    width = width or round_up(max((self.length(p) for p in paths if p), default=0), PROMPT_MULTIPLE)
+    table, states = np.full((rows, width), NONE, np.int32), np.zeros(rows, np.int32)
+    for r, path in enumerate(paths):
+      if path:
+        chain = np.concatenate([self._entries[p].slots for p in _prefixes(path)])
+        table[r, width - len(chain) :] = chain
+        states[r] = self._entries[path].state
+    return table, states
+
+  def hidden(self, paths: Sequence[Path], rows: int) -> jax.Array:
+    """States after paths in the pool, [rows, D]; those beyond the last path are arbitrary."""
+    states = [self._entries[p].state for p in paths]
+    return self.pool.hidden[np.pad(states, (0, rows - len(paths)))]
+
+  def pin(self, path: Path, count: int) -> None:
+    """Keeps a path from eviction until it has been unpinned (a negative `count`) as often."""
+    self._entries[path].pins += count
+
+  def retire(self, path: Path) -> None:
+    """Evicts a path before all others: it will not be asked for again."""
+    if path in self._entries:
+      self._entries[path].used = -1
+
+  def _touch(self, path: Path) -> None:
+    for prefix in _prefixes(path):
+      if prefix in self._entries:
+        self._entries[prefix].used = self._clock
+
+  def _first_missing(self, path: Path) -> Path | None:
+    return next((p for p in _prefixes(path) if p not in self._entries), None)
+
+  def _add(self, path: Path, tokens: int) -> _Entry | None:
+    if not self._make_room(tokens):
+      return None
+    self._free, slots = self._free[:-tokens], self._free[-tokens:]
+    entry = _Entry(slots, self._free_states.pop(), self._clock)
+    self._entries[path] = entry
+    self._seen.add(path)
+    if len(path) > 1:
+      self._entries[path[:-1]].children += 1
+    return entry
+
+  def _make_room(self, tokens: int) -> bool:
+    """Evicts what has not been used for longest until so many slots and a state are free."""
+    while len(self._free) < tokens or not self._free_states:
+      idle = [
+        (entry.used, path)
+        for path, entry in self._entries.items()
+        if not entry.children and not entry.pins and entry.used < self._clock
+      ]
+      if not idle:
+        return False
+      for _, path in sorted(idle, key=lambda item: item[0]):
+        self._evict(path)
+        if len(self._free) >= tokens and self._free_states:
+          break
+    return True
+
+  def _evict(self, path: Path) -> None:
+    entry = self._entries.pop(path)
+    self._free = np.concatenate([self._free, entry.slots])
+    self._free_states.append(entry.state)
+    self.evicted += 1
+    if len(path) > 1:
+      self._entries[path[:-1]].children -= 1
+
+
+def check_memory(
+  model: Model, *, slots: int, states: int, rows: int, columns: int, free: int | None = None
+) -> None:
+  """Refuses a search whose keys and values do not fit, before it starts.
+
+  Args:
+    model: the decoder.
+    slots: tokens of the pool.
+    states: states of the pool.
+    rows: decoded at once.
+    columns: of their cache.
+    free: bytes there, if they are known otherwise.
+
+  Raises:
+    ValueError: with the bytes needed, the bytes there and what to lower.
+  """
+  free = free_bytes() if free is None else free
+  pool = slots * token_bytes(model) + states * state_bytes(model)
+  working = 2 * rows * columns * token_bytes(model)  # the old and the new one while rows change
+  if pool + working <= free:
+    return
+  fits = int((free - working) / (token_bytes(model) + state_bytes(model)))
+  remedy = (
+    f'lower pool_tokens to at most {fits} (what it cannot hold is read again), or the problems, '
+    f'simulations or children of a search'
+    if fits > 0
+    else f'lower rows={rows}'
+  )
+  raise ValueError(
+    f'the search needs {pool + working} bytes for keys and values ({pool} for a pool of '
+    f'{slots} tokens, {working} for {rows} rows of {columns} columns), there are {free}; {remedy}'
+  )
+
+
+def free_bytes() -> int:
+  """Bytes of the first local device that are free; on a CPU those of the host."""
+  device = jax.local_devices()[0]
+  stats = device.memory_stats() if device.platform != 'cpu' else None
+  if stats and 'bytes_limit' in stats:
+    return stats['bytes_limit'] - stats['bytes_in_use']
+  return psutil.virtual_memory().available
+
+
+def _prefixes(path: Path) -> Iterator[Path]:
+  """The path's beginnings, the prompt first and itself last."""
+  return (path[:n] for n in range(1, len(path) + 1))
+
+
+def _power(count: int) -> int:
+  return 1 << max(0, count - 1).bit_length()
+
+
+def _padded(values: Sequence[int] | np.ndarray, fill: int) -> jnp.ndarray:
+  """Indices, padded to a power of two of at least SMALLEST."""
+  size = max(SMALLEST, _power(len(values)))
+  return np.pad(np.asarray(values, np.int32), (0, size - len(values)), constant_values=fill)

@@ -1,0 +1,57 @@
+"""The process reward model in a tree search: every step of the tree is read once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from o1jax.models.transformer import Model, Params
+from o1jax.sampling.guided import StepIds
+from o1jax.sampling.paths import Path, Paths
+from o1jax.sampling.scorer import score_steps
+
+
+class TreeScorer:
+  """Process rewards in a tree search, as `mcts.Score`: the PRM reads every step once.
+
+  Args:
+    model: the decoder of the PRM.
+    params: its parameters, `{'trunk', 'head'}`.
+    prompts: those of the search.
+    steps: what delimits a path; nothing follows a terminal step, so it is not kept.
+    tokens: whose keys and values are kept; what is evicted is read again.
+    nodes: steps that are kept, prompts included.
+    rows: steps read at once.
+  """
+
+  def __init__(
+    self,
+    model: Model,
+    params: dict[str, Params],
+    prompts: Sequence[Sequence[int]],
+    steps: StepIds,
+    *,
+    tokens: int,
+    nodes: int,
+    rows: int = 128,
+  ):
+    self.model, self.params, self.steps = model, params, steps
+    self.paths = Paths(model, params['trunk'], prompts, slots=tokens, states=nodes, rows=rows)
+    self._known: dict[Path, float] = {}
+
+  def __call__(self, paths: Sequence[Path]) -> np.ndarray:
+    """Probabilities [n] that the last steps of the paths are good."""
+    new = [p for p in dict.fromkeys(paths) if p not in self._known]
+    if new:
+      self.paths.read(list(dict.fromkeys(p[:-1] for p in new)))
+      scores = self.paths.read_steps(new, self._measure, self._keep)
+      self._known.update(zip(new, scores, strict=True))
+    return 1 / (1 + np.exp(-np.array([self._known[p] for p in paths])))
+
+  def _measure(self, before, hidden, tokens, mask) -> jax.Array:
+    return score_steps(self.model, self.params, before, hidden, tokens, mask)
+
+  def _keep(self, path: Path) -> bool:
+    return not self.steps.is_terminal(path[-1])

@@ -1,0 +1,179 @@
+"""The pool of keys and values against full forwards, and searches through it against others."""
+
+import dataclasses
+import threading
+
+import jax
+import numpy as np
+import pytest
+from sampling_cases import (
+  EOS,
+  MAX_NEW,
+  MODEL,
+  PROMPTS,
+  STEP_END,
+  STEPS,
+  forward_of,
+  tiny_params,
+)
+
+from o1jax.sampling import paged
+from o1jax.sampling.kv_pool import token_bytes
+from o1jax.sampling.mcts import Search
+from o1jax.sampling.paged import continue_paths
+from o1jax.sampling.paths import Paths, check_memory
+from o1jax.sampling.sampler import Sampler
+
+SAMPLER = Sampler(MODEL, max_new=MAX_NEW, stop_ids=(EOS,), rows=32)
+
+
+def make_paths(slots=400, states=64):
+  return Paths(MODEL, tiny_params(), PROMPTS, slots=slots, states=states, rows=32)
+
+
+def draw_paths(rng, depth):
+  """A path of `depth` random steps after each prompt."""
+
+  def step():
+    return (*map(int, rng.integers(4, 40, rng.integers(1, 6))), STEP_END)
+
+  return [(p, *(step() for _ in range(depth))) for p in range(len(PROMPTS))]
+
+
+def assert_states_are_right(paths, some):
+  """The pool's states give the next-token distributions of full forwards over the paths."""
+  rows = [[*PROMPTS[p[0]], *sum(p[1:], ())] for p in some]
+  logits = MODEL.logits(tiny_params(), paths.hidden(some, 32))
+  got = np.asarray(jax.nn.log_softmax(logits))[: len(some)]
+  full = forward_of(64)(rows)
+  want = np.stack([full[r, len(row) - 1] for r, row in enumerate(rows)])
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_states_equal_full_forwards_at_every_depth():
+  paths, deep = make_paths(), draw_paths(np.random.default_rng(0), 5)
+  paths.read(deep)
+  for depth in range(6):
+    assert_states_are_right(paths, [p[: 1 + depth] for p in deep])
+  real = sum(map(paths.length, deep))
+  assert paths.read_again == 0 and paths.computed >= real
+  before = paths.computed
+  paths.read([p[:3] for p in deep])  # nothing is read twice
+  assert paths.computed == before
+
+
+def test_states_equal_full_forwards_after_eviction_and_reuse():
+  rng = np.random.default_rng(1)
+  paths = make_paths(slots=110)
+  several = [draw_paths(rng, 4) for _ in range(4)]
+  for some in [*several, *several]:  # each pushes others out, and comes back
+    paths.read(some)
+    for depth in range(5):
+      assert_states_are_right(paths, [p[: 1 + depth] for p in some])
+  assert paths.evicted > 20 and paths.read_again > 0
+  assert all(p[:-1] in paths for p in paths._entries if len(p) > 1)
+  with pytest.raises(ValueError, match='pool of 40 tokens'):
+    make_paths(slots=40).read(several[0])
+
+
+def test_pinned_paths_stay_and_retired_ones_go_first():
+  rng = np.random.default_rng(2)
+  paths = make_paths(slots=110)
+  first, second, third = (draw_paths(rng, 2) for _ in range(3))
+  paths.read(first + second)
+  paths.pin(first[0], 1)
+  for path in second:
+    paths.retire(path)
+  paths.read(third)
+  assert not all(p in paths for p in second) and all(p in paths for p in first)
+  paths.read(draw_paths(rng, 3))
+  assert first[0] in paths
+
+
+@pytest.mark.parametrize('rows, chunk', [(32, 16), (8, 5)])
+def test_continued_paths_are_those_of_the_sampler(rows, chunk, monkeypatch):
+  monkeypatch.setattr(paged, 'CHUNK', chunk)  # batches are refilled in mid-row
+  deep = [p[: 1 + i] for i, p in enumerate(draw_paths(np.random.default_rng(3), 3))]
+  prompts = [[*PROMPTS[p[0]], *sum(p[1:], ())] for p in deep]
+  want = SAMPLER(tiny_params(), prompts, seed=4, ids=np.arange(4), samples=6)
+  todo = [p for p in deep for _ in range(6)]
+  ids = np.column_stack([np.repeat(np.arange(4), 6), np.tile(np.arange(6), 4)])
+  paths = make_paths()
+  sampler = dataclasses.replace(SAMPLER, rows=rows)
+  got = continue_paths(sampler, paths, todo, seed=4, ids=ids, marks=STEPS.stops)
+  for field in ('tokens', 'lengths', 'stopped'):
+    np.testing.assert_array_equal(getattr(got, field), getattr(want, field))
+  np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)
+  # The first step of every row is in the pool, as a full forward would have it.
+  steps = [got.ids(r) for r in range(len(todo))]
+  ends = [next((t for t, x in enumerate(s) if x in STEPS.stops), None) for s in steps]
+  new = {
+    (*p, tuple(s[: e + 1])) for p, s, e in zip(todo, steps, ends, strict=True) if e is not None
+  }
+  assert len(new) > 8 and all(p in paths for p in new)
+  assert_states_are_right(paths, sorted(new))
+  further = [(*p, (9, STEP_END)) for p in sorted(new)[:8]]  # which read the keys of those steps
+  paths.read(further)
+  assert_states_are_right(paths, further)
+  paths.read(draw_paths(np.random.default_rng(9), 4))  # nothing stayed pinned
+  assert not any(e.pins for e in paths._entries.values())
+
+
+def judge(jobs):
+  """The return of a path: how many of its tokens are even; NaN for a few of them."""
+  return [
+    float('nan') if len(path) % 7 == 0 else sum(t % 2 == 0 for t in path) / len(path)
+    for _, path in jobs
+  ]
+
+
+SEARCH = Search(SAMPLER, STEPS, width=2, simulations=5, max_depth=4, c=0.5)
+
+
+def assert_same_forest(one, other):
+  assert one.paths == other.paths
+  assert [r.tokens for r in one.rollouts] == [r.tokens for r in other.rollouts]
+  for a, b in zip(jax.tree.leaves(one.tree), jax.tree.leaves(other.tree), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.fixture(scope='module')
+def forest():
+  return SEARCH(tiny_params(), PROMPTS, judge, seed=2)
+
+
+def test_a_search_reads_nothing_twice_and_finds_the_same_in_a_small_pool(forest):
+  assert forest.read_again == 0 and max(forest.tree.depth.flat) > 1
+  small = dataclasses.replace(SEARCH, pool_tokens=26)(tiny_params(), PROMPTS, judge, seed=2)
+  assert small.read_again > 0
+  assert_same_forest(small, forest)
+
+
+def test_the_judge_works_beside_the_device_and_changes_nothing(forest):
+  main, seen = threading.get_ident(), []
+
+  def watched(jobs):
+    seen.append((threading.get_ident(), {problem for problem, _ in jobs}))
+    return judge(jobs)
+
+  apart = SEARCH(tiny_params(), PROMPTS, watched, seed=2)
+  assert_same_forest(apart, forest)
+  assert all(thread != main for thread, _ in seen)
+  assert all(asked <= {0, 1} or asked <= {2, 3} for _, asked in seen)  # the halves take turns
+  together = dataclasses.replace(SEARCH, overlap=False)(tiny_params(), PROMPTS, judge, seed=2)
+  assert_same_forest(together, forest)
+
+
+def test_a_search_that_does_not_fit_says_so_before_it_starts():
+  each = token_bytes(MODEL)
+  assert each == 2 * 2 * 2 * 4 * 4  # keys and values, layers, heads, their width, float32
+  sizes = {'slots': 1000, 'states': 10, 'rows': 4, 'columns': 32}
+  needed = 1000 * each + 10 * 64 + 2 * 4 * 32 * each
+  check_memory(MODEL, **sizes, free=needed)
+  with pytest.raises(ValueError, match=rf'needs {needed} bytes .* there are 60000; lower pool_tok'):
+    check_memory(MODEL, **sizes, free=60_000)
+  with pytest.raises(ValueError, match='lower rows=4'):
+    check_memory(MODEL, **sizes, free=100)
+  huge = dataclasses.replace(SEARCH, simulations=10**9)
+  with pytest.raises(ValueError, match='lower pool_tokens'):
+    huge(tiny_params(), PROMPTS, judge)
