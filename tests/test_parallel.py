@@ -22,11 +22,14 @@ from o1jax.parallel import (
   make_mesh,
   meshes_that_fit,
   model_faults,
+  own_rows,
   param_shardings,
   repeated,
   replicated,
   shard,
 )
+from o1jax.parallel.sharding import shard_own
+from o1jax.run.checkpoints import load_tree, save_tree
 from o1jax.run.metrics import Metrics
 from o1jax.run.progress import Progress
 from o1jax.run.store import Store
@@ -182,3 +185,26 @@ def test_a_training_stage_repeats_no_large_array(tmp_path, monkeypatch, shape):
   assert len(moments) == 2 * sum(x.nbytes >= large for x in jax.tree.leaves(params))
   whole = shard(params, replicated(mesh_of(shape)))
   assert len(repeated(whole, large)) == len(moments) // 2  # and it would have been noticed
+
+
+def test_saved_parameters_are_read_over_the_mesh(tmp_path):
+  params, _ = inputs()
+  save_tree(tmp_path / 'prm', {'trunk': params, 'head': StepHead.init(MODEL.config)})
+  mesh = mesh_of({'data': 2, 'fsdp': 2, 'tensor': 2})
+  found = load_tree(tmp_path / 'prm', placed=functools.partial(param_shardings, mesh, MODEL))
+  assert repeated(found['trunk'], 8 * 12 * 4) == []
+  assert all(x.sharding == replicated(mesh) for x in jax.tree.leaves(found['head']))
+  jax.tree.map(np.testing.assert_array_equal, found['trunk'], params)
+
+
+def test_hosts_read_rows_of_their_own():
+  """What `fit` does over several hosts, here with all devices on one."""
+  mesh = mesh_of({'data': 2, 'fsdp': 2, 'tensor': 2})
+  tree = {'index': np.arange(20), 'square': np.arange(20)[:, None] ** 2}
+  data = batches(tree, batch=8, seed=1)
+  assert own_rows(mesh, 8).tolist() == list(range(8))
+  placed = shard_own(data.rows(3, own_rows(mesh, 8)), mesh, 8)
+  jax.tree.map(np.testing.assert_array_equal, placed, data[3])
+  assert placed['square'].sharding == batch_sharding(mesh)
+  some = data.rows(3, np.array([5, 2]))
+  np.testing.assert_array_equal(some['square'], data[3]['square'][[5, 2]])

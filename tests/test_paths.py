@@ -1,6 +1,8 @@
 """The pool of keys and values against full forwards, and searches through it against others."""
 
 import dataclasses
+import subprocess
+import sys
 import threading
 
 import jax
@@ -14,15 +16,21 @@ from sampling_cases import (
   STEP_END,
   STEPS,
   forward_of,
+  pad,
   tiny_params,
 )
 
+from o1jax.data import trees
+from o1jax.models import StepHead
 from o1jax.sampling import paged
 from o1jax.sampling.kv_pool import token_bytes
 from o1jax.sampling.mcts import Search
 from o1jax.sampling.paged import continue_paths
 from o1jax.sampling.paths import Paths, check_memory
 from o1jax.sampling.sampler import Sampler
+from o1jax.sampling.scorer import PrmScorer
+from o1jax.sampling.tree_scorer import TreeScorer
+from o1jax.search import UNVISITED, gumbel_interior, gumbel_root, puct, widening
 
 SAMPLER = Sampler(MODEL, max_new=MAX_NEW, stop_ids=(EOS,), rows=32)
 
@@ -177,3 +185,101 @@ def test_a_search_that_does_not_fit_says_so_before_it_starts():
   huge = dataclasses.replace(SEARCH, simulations=10**9)
   with pytest.raises(ValueError, match='lower pool_tokens'):
     huge(tiny_params(), PROMPTS, judge)
+
+
+def tree_scores(paths):
+  """A process reward that likes even tokens."""
+  return [sum(t % 2 == 0 for t in p[-1]) / len(p[-1]) for p in paths]
+
+
+@pytest.mark.parametrize('mix', [0.5, 1.0])
+def test_values_are_process_rewards_returns_or_their_mix(mix):
+  search = dataclasses.replace(SEARCH, mix=mix, rule=puct)
+  out = search(tiny_params(), PROMPTS, judge, score=tree_scores, seed=2)
+  tree, seen = out.tree, 0
+  for b in range(len(PROMPTS)):
+    for node in range(1, int(tree.size[b])):
+      below = [c for c in tree.children[b, node] if c != UNVISITED]
+      own = tree.visits[b, node] - sum(tree.visits[b, c] for c in below)
+      total = tree.value_sum[b, node] - sum(tree.value_sum[b, c] for c in below)
+      step = out.step(b, node)
+      assert tree.score[b, node] == pytest.approx(tree_scores([(b, step)])[0], abs=1e-6)
+      returns = [r.value for r in out.rollouts if (r.problem, r.node) == (b, node)]
+      returns = [v for v in returns if not np.isnan(v)]
+      if tree.terminal[b, node]:
+        assert own == len(returns) and total == pytest.approx(sum(returns), abs=1e-4)
+      elif mix == 1:
+        assert total == pytest.approx(own * tree.score[b, node], abs=1e-4)
+        assert not (tree.cut[b, node] and own)  # marked, and in no value
+      else:
+        want = sum(0.5 * v + 0.5 * tree.score[b, node] for v in returns)
+        assert own == len(returns) and total == pytest.approx(want, abs=1e-4)
+      seen += own > 0
+  assert seen > 8
+  with pytest.raises(ValueError, match='needs a score'):
+    search(tiny_params(), PROMPTS, judge)
+
+
+def test_tree_scores_are_those_of_the_descent():
+  head = StepHead.init(MODEL.config)
+  head = {n: head[n] + jax.random.normal(jax.random.key(3), a.shape) for n, a in head.items()}
+  prm = {'trunk': tiny_params(), 'head': head}
+  deep = draw_paths(np.random.default_rng(4), 3)
+  scorer = PrmScorer(MODEL, prm)
+  state = scorer.start(*pad(PROMPTS, 16))
+  many = TreeScorer(MODEL, prm, PROMPTS, STEPS, tokens=400, nodes=64)
+  small = TreeScorer(MODEL, prm, PROMPTS, STEPS, tokens=110, nodes=64)
+  for depth in (1, 2, 3):
+    log_odds = scorer.score(state, np.arange(4), [p[depth] for p in deep])
+    want = 1 / (1 + np.exp(-log_odds))
+    for tree in (many, small):
+      for more in (50, 60):  # pushes others out
+        small(draw_paths(np.random.default_rng(depth + more), 3))
+      np.testing.assert_allclose(tree([p[: depth + 1] for p in deep]), want, atol=1e-4)
+    state = scorer.advance(state, [p[depth] for p in deep])
+  assert many.paths.read_again == 0 < small.paths.read_again
+
+
+def test_gumbel_and_widened_searches_are_independent_of_their_batch():
+  gumbel = dataclasses.replace(
+    SEARCH, rule=gumbel_interior, root_rule=gumbel_root(SEARCH.simulations - 1)
+  )
+  wide = dataclasses.replace(SEARCH, allowed=widening(1.0, 0.5), slots=4)
+  for search in (gumbel, wide):
+    together = search(tiny_params(), PROMPTS, judge, seed=2)
+    alone = search(tiny_params(), [PROMPTS[2]], judge, seed=2, ids=np.array([2]))
+    assert alone.paths[0] == together.paths[2]
+    np.testing.assert_array_equal(alone.tree.visits[0], together.tree.visits[2])
+  counts = (together.tree.children != UNVISITED).sum(-1)
+  assert counts.max() > SEARCH.width
+  with pytest.raises(ValueError, match='slots=2'):
+    dataclasses.replace(wide, slots=2)
+
+
+def test_trees_come_back_from_their_files_and_replay_the_search(forest, tmp_path):
+  for b, prompt in enumerate(PROMPTS):
+    trees.write(tmp_path / f'{b}.npz', trees.tree_of(forest, b, f'problem {b}', prompt))
+  back = [trees.read(tmp_path / f'{b}.npz') for b in range(len(PROMPTS))]
+  for b, tree in enumerate(back):
+    assert tree.problem_id == f'problem {b}' and tree.prompt.tolist() == PROMPTS[b]
+    assert len(tree.parent) == forest.tree.size[b]
+    assert tree.steps == tuple(forest.step(b, n) for n in range(len(tree.parent)))
+    for name in ('visits', 'value_sum', 'terminal', 'cut', 'closed', 'depth', 'prior'):
+      want = getattr(forest.tree, name)[b, : len(tree.parent)]
+      np.testing.assert_array_equal(getattr(tree, name), want)
+    for path, node in zip(tree.rollouts, tree.rollout_node, strict=True):
+      assert path[: len(forest.paths[b][node])] == forest.paths[b][node]
+    ended = np.array([path[-1] == EOS for path in tree.rollouts])
+    whole = ended & np.isnan(tree.rollout_value)
+    assert tree.masked.sum() == len(set(tree.rollout_node[whole]))
+  assert any(tree.masked.any() for tree in back)
+  assert_same_forest(SEARCH(tiny_params(), PROMPTS, trees.recorded(back), seed=2), forest)
+  with pytest.raises(KeyError, match='not recorded'):
+    SEARCH(tiny_params(), PROMPTS, trees.recorded(back), seed=3)
+  code = 'import sys, o1jax.data.trees as t; assert "jax" not in sys.modules; '
+  code += f't.read({str(tmp_path / "0.npz")!r})'
+  subprocess.run([sys.executable, '-c', code], check=True)
+  with np.load(tmp_path / '0.npz') as file:
+    np.savez(tmp_path / 'other.npz', **dict(file) | {'version': np.array(99)})
+  with pytest.raises(ValueError, match='version 99'):
+    trees.read(tmp_path / 'other.npz')

@@ -41,7 +41,8 @@ def source(tmp_path):
 
 
 def read(source, hub, split, chat=False, **data):
-  given = config.check({'data': {'source': str(source), **data}})
+  few = {'tcg': {'problems': 1}, 'rl': {'problems': 1, 'minibatch': 8}}
+  given = config.check({'data': {'source': str(source), **data}, **few})
   return setup.read_split(given, split, PathEncoder(Tokenizer(hub, chat=chat)))
 
 

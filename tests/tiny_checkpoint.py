@@ -8,7 +8,7 @@ import jax
 
 from o1jax.models import Model, ModelConfig, RopeScaling, hf
 
-_SMALL = {'hidden_size': 32, 'num_layers': 2, 'num_heads': 4, 'intermediate_size': 64}
+_SMALL = {'hidden_size': 32, 'num_layers': 1, 'num_heads': 4, 'intermediate_size': 64}
 _QWEN = ModelConfig(
   400,
   **_SMALL,

@@ -216,8 +216,26 @@ class SearchConfig(Section):
   top_p: Share = 1.0
   guided_children: Count = 6  # of a PRM-guided descent, from round 1
   guided_descents: Natural = 2  # for each problem; 0: UCT in every round
+  # How a leaf is chosen; 'guided' is a descent that the PRM guides, and UCT where there is no PRM:
+  # in round 0, and with guided_descents=0 in every round.
+  rule: Literal['guided', 'uct', 'puct', 'gumbel'] = 'guided'
+  mix: Share = 0.0  # of the PRM in a step's value, beside its roll-out; 1: nothing is rolled out
+  widening: NonNegative = 0.0  # a node of n visits may have this times sqrt(n) steps; 0: children
+  most_children: Natural = 0  # steps of a widened node; 0: 4 times children
   rows: Count = 256  # decoded at once
+  # Tokens whose keys and values a search keeps on the device; what it cannot keep is read again.
+  pool_tokens: Natural = 0  # 0: all that it can have
+  keep_trees: bool = False  # also write every tree, with what was executed, as a file
   compile_weight: Share = 0.0  # the method's `a`: credit for a program that compiles
+
+  def relations(self) -> Iterator[Relation]:
+    """What belongs to trees is not set for descents, and a widened node has room."""
+    if self.rule == 'guided' and self.mix:
+      text = f"search.mix={self.mix} has no meaning with search.rule='guided'"
+      yield ('mix', 'rule'), f"{text}; use 'uct', 'puct' or 'gumbel', or set it to 0"
+    if self.most_children and self.most_children <= self.children:
+      text = f'search.most_children={self.most_children} leaves no room above search.children'
+      yield ('most_children', 'children'), f'{text}={self.children}; raise it, or set it to 0'
 
 
 class PolicySftConfig(Section):

@@ -70,8 +70,10 @@ class Tokenizer:
 
   @functools.cached_property
   def _special(self) -> tuple[str, ...]:
-    added = self._hub.added_tokens_decoder.values()
-    return tuple(sorted({*self._hub.all_special_tokens, *(t.content for t in added if t.special)}))
+    hub = self._hub  # whose `all_special_tokens` count a tokenizer's user-defined pieces too
+    named = {hub.bos_token, hub.eos_token, hub.pad_token, hub.unk_token} - {None}
+    added = {t.content for t in hub.added_tokens_decoder.values() if t.special}
+    return tuple(sorted(named | added | set(steps_lib.TAGS)))
 
   @functools.cached_property
   def step_end_id(self) -> int:

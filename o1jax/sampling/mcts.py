@@ -8,6 +8,7 @@ it works on one half of the forest the device continues the other.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
 import math
@@ -26,6 +27,7 @@ from o1jax.sampling.sampler import Sampler, Samples, check_prompts
 from o1jax.search import (
   ROOT,
   UNVISITED,
+  Allowed,
   NewChildren,
   Rule,
   SearchTree,
@@ -69,6 +71,7 @@ class Forest:
   tree: SearchTree
   paths: tuple[tuple[tuple[int, ...], ...], ...]  # [B][node] tokens after the prompt, root ()
   rollouts: tuple[Rollout, ...]  # in order of simulation, problem, child
+  masked: np.ndarray  # [B, N] bool, nodes with a roll-out that the judge could not judge
   generated: int  # tokens drawn
   computed: int  # positions that went through the model: prompts, padding and dead rows too
   read_again: int = 0  # tokens of prefixes that were read more than once
@@ -90,6 +93,10 @@ class Search:
   `max_depth` the deepest node (deeper steps are rolled out, not kept as nodes).
   `c` times `schedule(progress)` is the exploration constant.
 
+  `root_rule` chooses among the root's children, if otherwise (Gumbel's needs `simulations` - 1,
+  since the first one makes them). With `allowed` a node may be widened to `slots` children, K in
+  each simulation that ends there.
+
   `mix` is the share of the process reward in the value of a step that is not terminal: 0 for the
   return of its roll-out, 1 for the process reward alone, for which nothing is rolled out.
   `pool_tokens` bounds the tokens whose keys and values are kept; 0 for all that the search can
@@ -105,6 +112,9 @@ class Search:
   rule: Rule = uct
   c: float = 2.0
   schedule: Callable[[float], float] = constant
+  root_rule: Rule | None = None
+  allowed: Allowed | None = None
+  slots: int = 0
   mix: float = 0.0
   pool_tokens: int = 0
   overlap: bool = True
@@ -113,6 +123,8 @@ class Search:
   def __post_init__(self):
     if not 0 <= self.mix <= 1:
       raise ValueError(f'mix={self.mix} must be in [0, 1]: the share of the process reward')
+    if self.allowed is not None and self.slots <= self.width:
+      raise ValueError(f'slots={self.slots} leave no room to widen; use more than {self.width}')
 
   def __call__(
     self,
@@ -182,10 +194,14 @@ class _Growing:
     self.judge, self.evaluate, self.score = judge, evaluate, score
     self.seed, self.ids = seed, ids[problems]
     self.batch = len(problems)
-    self.tree = empty_tree(self.batch, 1 + search.width * search.simulations, search.width)
+    capacity, slots = 1 + search.width * search.simulations, max(search.slots, search.width)
+    self.tree = empty_tree(self.batch, capacity, slots)
+    self.masked = np.zeros((self.batch, capacity), bool)
     self.closed = np.zeros(self.tree.shape[:2], bool)
     self.nodes: list[list[Path]] = [[(int(p),)] for p in problems]  # paths of the nodes
     self.rollouts: list[tuple[int, Rollout]] = []  # with the simulation
+    self.numbers: dict[Path, dict[tuple[int, ...], int]] = {}  # of the steps drawn after a path
+    self.drawn: collections.Counter[Path] = collections.Counter()  # steps drawn after it
     self.returns: dict[tuple[int, tuple[int, ...]], float] = {}
     self.waiting: Callable[[], None] | None = None
     self.generated = self.computed = 0
@@ -194,7 +210,10 @@ class _Growing:
   def grow(self, simulation: int, c: float) -> None:
     """Continues a leaf in every tree that is not exhausted, and hands the programs to the judge."""
     started = time.perf_counter()
-    leaf = np.asarray(select(self.tree, self.search.rule, c))
+    search = self.search
+    leaf = np.asarray(
+      select(self.tree, search.rule, c, root_rule=search.root_rule, allowed=search.allowed)
+    )
     self.tree_s += time.perf_counter() - started
     going = np.flatnonzero(~self.closed[:, ROOT])
     if not going.size:
@@ -204,9 +223,9 @@ class _Growing:
     steps = [self._first_step(r) for r in rollouts]
     scores = self._scores(rollouts, steps, leaf)
     started = time.perf_counter()
-    self.tree, nodes = expand(
-      self.tree, jnp.asarray(leaf), self._children(going, rollouts, steps, scores)
-    )
+    new = self._children(going, rollouts, steps, scores)
+    widen = search.allowed is not None
+    self.tree, nodes = expand(self.tree, jnp.asarray(leaf), new, widen=widen)
     nodes = np.asarray(nodes)[going].reshape(-1)
     self.tree_s += time.perf_counter() - started
     for r, step, node in zip(rollouts, steps, nodes, strict=True):
@@ -238,6 +257,9 @@ class _Growing:
       dataclasses.replace(r, value=self.returns.get((r.problem, r.path), math.nan))
       for r in rollouts
     ]
+    for r in rollouts:
+      if r.node != UNVISITED and self._whole(r) and math.isnan(r.value):
+        self.masked[r.problem, r.node] = True
     if self.search.mix == 1:
       self.rollouts += [(simulation, r) for r in rollouts if self._whole(r)]
     else:
@@ -278,11 +300,14 @@ class _Growing:
     if search.mix == 1:
       sampler = dataclasses.replace(sampler, stop_ids=search.steps.stops)
     rows = np.repeat(going, width)
-    names = [self.ids[rows], leaf[rows, None], np.tile(np.arange(width), len(going))[:, None]]
+    todo = [self.nodes[b][leaf[b]] for b in rows]
+    child = [self.drawn[p] + k % width for k, p in enumerate(todo)]  # a widened leaf draws anew
+    self.drawn.update(todo)
+    names = [self.ids[rows], leaf[rows, None], np.array(child)[:, None]]
     samples = search.extend(
       sampler,
       self.pool,
-      [self.nodes[b][leaf[b]] for b in rows],
+      todo,
       seed=self.seed,
       ids=np.column_stack(names),
       marks=search.steps.stops,
@@ -323,8 +348,10 @@ class _Growing:
     whole = np.array([s[-1] in ends.stops for s in steps])
     terminal = np.array([ends.is_terminal(s) for s in steps]) & whole
     room = np.array([r.depth + 1 < self.search.max_depth for r in rollouts])
-    # The first sibling that is the same step: equal exactly where the steps are.
-    first = [steps[i - i % width : i - i % width + width].index(s) for i, s in enumerate(steps)]
+    identity = []  # equal exactly where the steps of a leaf are
+    for r, step in zip(rollouts, steps, strict=True):
+      known = self.numbers.setdefault(self.nodes[r.problem][r.leaf], {})
+      identity.append(known.setdefault(step, len(known)))
 
     def spread(values, dtype):
       out = np.zeros((self.batch, width), dtype)
@@ -333,14 +360,24 @@ class _Growing:
 
     logprobs = [sum(r.logprobs[: len(s)]) for r, s in zip(rollouts, steps, strict=True)]
     return NewChildren(
-      identity=spread(first, np.int32),
+      identity=spread(identity, np.int32),
       logprob=spread(logprobs, np.float32),
       score=spread(scores, np.float32),
-      gumbel=spread(np.zeros(len(steps)), np.float32),
+      gumbel=spread(self._noise(rollouts), np.float32),
       terminal=spread(terminal, bool),
       cut=spread(~terminal & ~(whole & room), bool),
       valid=spread(np.ones_like(terminal), bool),
     )
+
+  def _noise(self, rollouts: list[Rollout]) -> list[float]:
+    """Gumbel noise of the root's children, by the names of their draws."""
+    if self.search.root_rule is None:
+      return [0.0] * len(rollouts)
+    names = [
+      [self.seed, *map(int, self.ids[r.problem]), r.leaf, k % self.search.width]
+      for k, r in enumerate(rollouts)
+    ]
+    return [np.random.default_rng(name).gumbel() for name in names]
 
   def _scores(self, rollouts: list[Rollout], steps, leaf: np.ndarray) -> np.ndarray:
     """Process rewards of the first steps, each distinct one asked for once."""
@@ -371,6 +408,7 @@ def _joined(growing: list[_Growing], paths: Paths) -> Forest:
     tree=jax.tree.map(lambda *parts: np.concatenate(parts), *(part.tree for part in growing)),
     paths=tuple(tuple(sum(p[1:], ()) for p in nodes) for part in growing for nodes in part.nodes),
     rollouts=tuple(r for _, r in found),
+    masked=np.concatenate([part.masked for part in growing]),
     generated=sum(part.generated for part in growing),
     computed=paths.computed + sum(part.computed for part in growing),
     read_again=paths.read_again,

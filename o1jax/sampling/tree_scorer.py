@@ -9,7 +9,7 @@ import numpy as np
 
 from o1jax.models.transformer import Model, Params
 from o1jax.sampling.guided import StepIds
-from o1jax.sampling.paths import Path, Paths
+from o1jax.sampling.paths import Path, Paths, check_memory
 from o1jax.sampling.scorer import score_steps
 
 
@@ -24,6 +24,9 @@ class TreeScorer:
     tokens: whose keys and values are kept; what is evicted is read again.
     nodes: steps that are kept, prompts included.
     rows: steps read at once.
+
+  Raises:
+    ValueError: the keys and values do not fit into memory, see `check_memory`.
   """
 
   def __init__(
@@ -37,6 +40,7 @@ class TreeScorer:
     nodes: int,
     rows: int = 128,
   ):
+    check_memory(model, slots=tokens, states=nodes, rows=rows, columns=max(map(len, prompts)))
     self.model, self.params, self.steps = model, params, steps
     self.paths = Paths(model, params['trunk'], prompts, slots=tokens, states=nodes, rows=rows)
     self._known: dict[Path, float] = {}

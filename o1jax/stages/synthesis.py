@@ -2,7 +2,8 @@
 
 Round 0 has no process reward model: UCT over sampled steps with roll-outs to the
 end. Later rounds descend with the PRM, which a prototype found to solve 1.7 times
-as many problems as sampling at equal tokens, where plain UCT equalled sampling.
+as many problems as sampling at equal tokens, where plain UCT equalled sampling; or
+they search trees with it, by `search.rule`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import numpy as np
 
 from o1jax import rewards, search
 from o1jax.data import steps as steps_lib
-from o1jax.data import stepwise
+from o1jax.data import stepwise, trees
 from o1jax.data.prefix_tree import by_problem
 from o1jax.sampling.draw import SAMPLE, Drawing
 from o1jax.sampling.guided import Guided
+from o1jax.sampling.keys import stable_id
 from o1jax.sampling.mcts import Search
 from o1jax.sampling.scorer import PrmScorer
+from o1jax.sampling.tree_scorer import TreeScorer
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import answer, name_ids, sampler, step_ids
 from o1jax.types import Problem, Step, Trajectory, Verdict
@@ -81,9 +84,11 @@ def synthesize(
   """
   name = f'round{round_}/synthesis'
   chunks = run.bench.store.chunks(name, 'trajectories')
-  if not run.config.search.guided_descents:
+  rule = run.config.search.rule
+  if rule == 'guided' and not run.config.search.guided_descents:
     prm = None
-  find = _uct(run, policy) if prm is None else _guided(run, policy, prm)
+  descend = rule == 'guided' and prm is not None
+  find = _guided(run, policy, prm) if descend else _trees(run, policy, prm, name)
 
   def body() -> dict[str, Any]:
     new = run.new_problems(round_)
@@ -103,7 +108,8 @@ def synthesize(
     before = {t.problem_id for t in known if t.accepted}
     return _summary(run, round_, policy, chunks, prm, before)
 
-  run.stage(name, 'UCT search' if prm is None else 'descent guided by the PRM', body)
+  searching = f'{"UCT" if rule == "guided" else rule.upper()} search'
+  run.stage(name, 'descent guided by the PRM' if descend else searching, body)
   return [stepwise.from_row(row) for row in chunks.rows()]
 
 
@@ -181,18 +187,10 @@ _SCHEDULES = {
 }
 
 
-def _uct(run: Run, policy: Any) -> Find:
+def _trees(run: Run, policy: Any, prm: Any | None, name: str) -> Find:
   config = run.config.search
-  mcts = Search(
-    sampler(run, drawing(run), config.rows),
-    step_ids(run),
-    width=config.children,
-    simulations=math.ceil(config.simulations / config.children),
-    max_depth=config.depth_limit,
-    rule=search.uct,
-    c=config.c,
-    schedule=_SCHEDULES[config.c_schedule],
-  )
+  mcts = _search(run, with_prm=prm is not None)
+  folder = run.bench.store.path(name, 'trees')
 
   def find(part: Sequence[Problem], seed: int):
     def evaluate(new: Sequence[tuple[int, tuple[int, ...]]]) -> list[float]:
@@ -202,12 +200,45 @@ def _uct(run: Run, policy: Any) -> Find:
       return [math.nan if v is None else v for v in values]
 
     prompts = [run.encoder.prompt(p) for p in part]
-    forest = mcts(policy, prompts, evaluate, seed=seed, ids=name_ids(part))
+    score = None
+    if prm is not None:
+      nodes = len(part) * (1 + mcts.width * mcts.simulations)
+      tokens = config.pool_tokens or sum(map(len, prompts)) + nodes * config.max_step_tokens
+      score = TreeScorer(run.model, prm, prompts, mcts.steps, tokens=tokens, nodes=nodes)
+    forest = mcts(policy, prompts, evaluate, score=score, seed=seed, ids=name_ids(part))
+    if config.keep_trees:
+      folder.mkdir(parents=True, exist_ok=True)
+      for b, problem in enumerate(part):
+        file = folder / f'{stable_id(problem.id):08x}.npz'
+        trees.write(file, trees.tree_of(forest, b, problem.id, prompts[b]))
     problems = [part[r.problem] for r in forest.rollouts]
     paths = [run.encoder.steps_of(r.path) for r in forest.rollouts]
     return problems, paths, forest.generated
 
   return find
+
+
+def _search(run: Run, with_prm: bool) -> Search:
+  """The tree search of the run's settings."""
+  config = run.config.search
+  simulations = math.ceil(config.simulations / config.children)
+  rules = {'guided': search.uct, 'uct': search.uct, 'puct': search.puct}
+  return Search(
+    sampler(run, drawing(run), config.rows),
+    step_ids(run),
+    width=config.children,
+    simulations=simulations,
+    max_depth=config.depth_limit,
+    rule=rules.get(config.rule, search.gumbel_interior),
+    # The first simulation makes the children that the root's rule chooses from.
+    root_rule=search.gumbel_root(max(1, simulations - 1)) if config.rule == 'gumbel' else None,
+    c=config.c,
+    schedule=_SCHEDULES[config.c_schedule],
+    allowed=search.widening(config.widening, 0.5) if config.widening else None,
+    slots=(config.most_children or 4 * config.children) if config.widening else 0,
+    mix=config.mix if with_prm else 0.0,
+    pool_tokens=config.pool_tokens,
+  )
 
 
 def guided(run: Run, children: int, pick_temperature: float = 0.0) -> Guided:
