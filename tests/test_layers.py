@@ -15,6 +15,7 @@ LAYERS = (
   ('models', 'parallel', 'losses', 'rewards', 'search'),
   ('learn', 'sampling', 'data', 'sandbox', 'run'),
   ('stages',),
+  ('plan',),
 )
 ENTRY = len(LAYERS)
 # So does `__main__` of a room: it may join its room with others, and nothing may import it.

@@ -282,12 +282,11 @@ def test_the_stage_trains_each_part_once(run, monkeypatch):
   assert not np.array_equal(*(np.asarray(jax.tree.leaves(tree)[0]) for tree in (control, params)))
 
 
-def test_reference_logprobs_do_not_depend_on_the_blocks(run, tokenizer, monkeypatch):
+def test_reference_logprobs_do_not_depend_on_the_blocks(run, tokenizer):
   parts = test_parts.draw_parts(run.train, draws=1, bare=0.25, seed=0)
   rows, _ = test_parts.shuffled_pairs(tokenizer, parts, longest=256, most=5, seed=0)
-  whole = tcg.reference_logprobs(run.model, run.base, rows)
-  monkeypatch.setattr(tcg, '_REFERENCE_ROWS', 2)
-  np.testing.assert_allclose(tcg.reference_logprobs(run.model, run.base, rows), whole, rtol=1e-5)
+  whole, blocks = (tcg.reference_logprobs(run.model, run.base, rows, size) for size in (64, 2))
+  np.testing.assert_allclose(blocks, whole, rtol=1e-5)
   learnt = rows.loss_mask.sum(axis=1)
   # An untrained model is about uniform over the vocabulary.
   np.testing.assert_allclose(whole, -learnt * np.log(tokenizer.vocab_size), rtol=0.05)

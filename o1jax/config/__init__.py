@@ -8,8 +8,10 @@ from o1jax.config.sections import (
   DistributedConfig,
   MeshConfig,
   OptimConfig,
+  PrmConfig,
   RlConfig,
   Section,
+  TcgConfig,
 )
 
 __all__ = [
@@ -20,8 +22,10 @@ __all__ = [
   'DistributedConfig',
   'MeshConfig',
   'OptimConfig',
+  'PrmConfig',
   'RlConfig',
   'Section',
+  'TcgConfig',
   'check',
   'closest',
   'diff',

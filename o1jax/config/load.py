@@ -27,13 +27,18 @@ class ConfigError(ValueError):
 
 
 def load(
-  path: str | pathlib.Path, overrides: Sequence[str] = (), schema: type[SectionT] = Config
+  path: str | pathlib.Path,
+  overrides: Sequence[str] = (),
+  schema: type[SectionT] = Config,
+  *,
+  need_files: bool = True,
 ) -> SectionT:
   """Reads the YAML file at `path`, applies `section.key=value` overrides, and checks the whole.
 
   Keys that neither names keep their defaults. Values of overrides are read as YAML, so `null`,
-  `true` and `[1, 2]` mean what they mean in the file. `model.path` and `data.source` have to exist.
-  `schema` is the section that holds all others: a program with other settings brings its own.
+  `true` and `[1, 2]` mean what they mean in the file. `model.path` and `data.source` have to exist,
+  unless `need_files` is False. `schema` is the section that holds all others: a program with other
+  settings brings its own.
 
   Raises:
     ConfigError: with every fault of file and overrides. Relations between sections are judged
@@ -41,7 +46,7 @@ def load(
   """
   given = _read(pathlib.Path(path))
   faults = _apply(given, overrides)
-  return _resolve(schema, given, str(path), faults)
+  return _resolve(schema, given, str(path), faults, need_files)
 
 
 def check(
@@ -150,7 +155,11 @@ def _apply(given: dict[str, Any], overrides: Sequence[str]) -> list[str]:
 
 
 def _resolve(
-  schema: type[SectionT], given: dict[str, Any], source: str, faults: list[str]
+  schema: type[SectionT],
+  given: dict[str, Any],
+  source: str,
+  faults: list[str],
+  need_files: bool = True,
 ) -> SectionT:
   """The checked config; raises with `faults` and all that checking finds."""
   defaults = schema().model_dump()
@@ -167,7 +176,7 @@ def _resolve(
       _reset(raw, defaults, key.split('.'))
       faulty.add(key)
     config, errors = _validate(schema, raw)
-  faults += _missing_files(raw)
+  faults += _missing_files(raw) if need_files else ()
   if faults:
     raise ConfigError(source, faults)
   return config

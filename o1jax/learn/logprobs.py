@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from o1jax.batch import TokenBatch
 from o1jax.losses import ppo
 from o1jax.models.transformer import Model
+from o1jax.parallel.sharding import ambient_ways, constrain
 
-# Logits alive at once when the caller does not say: 64 MiB of float32.
-_LOGITS_AT_ONCE = 1 << 24
+# When the caller does not say: logits alive at once on a device (64 MiB of float32), and into how
+# many pieces that may cut a row.
+_LOGITS_AT_ONCE, _MOST_PIECES = 1 << 24, 8
 
 
 def predicted(segments: jax.Array) -> jax.Array:
@@ -31,6 +33,19 @@ def predicted(segments: jax.Array) -> jax.Array:
   """
   before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
   return (segments > 0) & (segments == before)
+
+
+def states(
+  model: Model, params: Any, tokens: jax.Array, positions: jax.Array, segments: jax.Array
+) -> jax.Array:
+  """`Model.hidden`, [B, T, D], with each row on the device of the ambient mesh that holds it.
+
+  Left to itself the compiler takes the layout of the embedding, D over `fsdp`, for the states too:
+  every device then works on all rows, and every product of every layer is summed over the devices.
+  With rows kept apart it is the parameters that travel (docs/scale.md has the bytes).
+  """
+  x = constrain(model.embed(params, tokens), ('batch', None, None))
+  return model.hidden_from_embeddings(params, x, positions, segments)
 
 
 def token_logprobs(
@@ -49,12 +64,12 @@ def token_logprobs(
     tokens: [B, T] int32.
     positions: [B, T] int32.
     segments: [B, T] int32, 0 for padding.
-    chunk: columns of logits alive at once; None takes as many as fit in 64 MiB.
+    chunk: columns of logits alive at once; None takes what `columns_at_once` says.
 
   Returns:
     [B, T] float32; 0 for padding and for the first token of each document.
   """
-  hidden = model.hidden(params, tokens, positions, segments)
+  hidden = states(model, params, tokens, positions, segments)
   logprobs = over_columns(model, params, hidden, tokens, target_logprobs, chunk)
   return jnp.where(predicted(segments), logprobs, 0.0)
 
@@ -80,6 +95,16 @@ def target_logprobs_and_entropy(
   return target_logprobs(logits, targets), ppo.entropy(logits)
 
 
+def columns_at_once(model: Model, rows: int, columns: int, ways: int) -> int:
+  """How many of `columns` have their logits alive at once, of `rows` that lie on `ways` devices.
+
+  As many as take 64 MiB of a device, and at least one in 8: each piece goes through the whole
+  output layer and adds to its gradient, so of narrow ones memory and network have all the work.
+  """
+  fit = _LOGITS_AT_ONCE * ways // (rows * model.config.vocab_size)
+  return max(fit, -(-columns // _MOST_PIECES))
+
+
 def over_columns(
   model: Model,
   params: Any,
@@ -97,15 +122,14 @@ def over_columns(
     tokens: [B, T] int32; token t is the target of the state after token t - 1.
     read: returns a pytree of [B, C] arrays; recomputed in the backward pass when
       the columns take more than one piece.
-    chunk: C, or None for as many as fit in 64 MiB.
+    chunk: C, or None for what `columns_at_once` says.
 
   Returns:
     The pytree of `read` with [B, T] arrays, aligned with `tokens`, 0 in column 0.
   """
   states, targets = hidden[:, :-1], tokens[:, 1:]
   rows, columns, _ = states.shape
-  if chunk is None:
-    chunk = max(1, _LOGITS_AT_ONCE // (rows * model.config.vocab_size))
+  chunk = chunk or columns_at_once(model, rows, columns, ambient_ways())
 
   def piece(states, targets):
     return read(model.logits(params, states), targets)

@@ -113,7 +113,7 @@ def step_scores(model: Model, params: Any, batch: StepBatch) -> jax.Array:
 
   `params` is {'trunk': policy-shaped, 'head': of a `StepHead` or a `TokenHead`}.
   """
-  hidden = model.hidden(params['trunk'], batch.tokens, batch.positions, batch.segments)
+  hidden = lp.states(model, params['trunk'], batch.tokens, batch.positions, batch.segments)
   embeddings = model.embed(params['trunk'], batch.tokens)
   logprobs = lp.over_columns(model, params['trunk'], hidden, batch.tokens, lp.target_logprobs)
   num_steps = batch.labels.shape[1]
@@ -186,7 +186,7 @@ def ppo_loss(
   def loss_fn(params: Any, batch: RolloutBatch):
     chex.assert_type([getattr(batch, name) for name in _ROLLOUT_FLOATS], jnp.float32)
     policy = params if value_fn is None else params['policy']
-    hidden = model.hidden(policy, batch.tokens, batch.positions, batch.segments)
+    hidden = lp.states(model, policy, batch.tokens, batch.positions, batch.segments)
     mask = batch.mask * lp.predicted(batch.segments)
     logprobs, entropy = _read(model, policy, hidden, batch.tokens, entropy_coef != 0, chunk)
     logprobs = jnp.where(mask > 0, logprobs, 0.0)
@@ -231,7 +231,7 @@ def value_on_own_trunk(model: Model) -> ValueFn:
 
   def value_fn(critic: Any, hidden: jax.Array, batch: RolloutBatch) -> jax.Array:
     del hidden
-    own = model.hidden(critic['trunk'], batch.tokens, batch.positions, batch.segments)
+    own = lp.states(model, critic['trunk'], batch.tokens, batch.positions, batch.segments)
     return value_on_policy(critic['head'], own, batch)
 
   return value_fn

@@ -142,8 +142,12 @@ def load(
 
 
 def read_model(folder: str | os.PathLike, *, dtype: str | None = None) -> Model:
-  """The model that `config.json` describes, without its weights; raises as `load` does."""
-  path = Path(folder) / CONFIG
+  """The model that a folder's `config.json`, or such a file itself, describes; no weights are read.
+
+  Raises as `load` does.
+  """
+  path = Path(folder)
+  path = path if path.suffix == '.json' else path / CONFIG
   if not path.is_file():
     raise FileNotFoundError(
       f'{path} does not exist; a model is a Hub folder with {CONFIG} and {WEIGHTS}'

@@ -63,7 +63,7 @@ class PrmScorer:
     for chunk in length_batches(steps, rows):
       tokens, mask = pad_steps([steps[i] for i in chunk], rows)
       where = np.pad(np.asarray(slots)[chunk], (0, rows - len(chunk)))
-      got = _score_steps(self.model, self.params, state, where, tokens, mask)
+      got = score_candidates(self.model, self.params, state, where, tokens, mask)
       scores[chunk] = fetch(got)[: len(chunk)]
     return scores
 
@@ -73,7 +73,8 @@ class PrmScorer:
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def _score_steps(model: Model, params, state: DecodeState, slots, tokens, mask) -> jax.Array:
+def score_candidates(model: Model, params, state: DecodeState, slots, tokens, mask) -> jax.Array:
+  """Log-odds [n] of the steps [n, t] after the rows `slots` [n] of the state."""
   state = gather_rows(state, slots)
   hidden, _ = extend(model, params['trunk'], state, tokens, mask)
   return score_steps(model, params, state.hidden, hidden, tokens, mask)

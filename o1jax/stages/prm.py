@@ -11,13 +11,16 @@ import jax
 import numpy as np
 
 from o1jax.batch import StepBatch
+from o1jax.config import PrmConfig
 from o1jax.data.pipeline import of_list
 from o1jax.data.prefix_tree import PrefixTree, by_problem
 from o1jax.data.step_batches import StepBatchShape, step_batches
 from o1jax.learn import prm_metrics
 from o1jax.learn.objectives import prm_loss, step_scores
+from o1jax.learn.update import LossFn
 from o1jax.models import lora
 from o1jax.models.heads import StepHead, TokenHead
+from o1jax.models.transformer import Model
 from o1jax.parallel.distributed import fetch
 from o1jax.parallel.sharding import spread
 from o1jax.sampling.draw import SAMPLE
@@ -47,6 +50,15 @@ def initial(run: Run, policy: Any) -> Any:
   return {'trunk': trunk, 'head': TokenHead.init(run.model.output_rows(policy), good, bad)}
 
 
+def loss_of(model: Model, config: PrmConfig) -> LossFn:
+  """The point-wise, the pair-wise loss, or both."""
+  return prm_loss(
+    model,
+    pair_coef=config.pair_coef if config.mode != 'pointwise' else 0.0,
+    point_coef=0.0 if config.mode == 'pairwise' else 1.0,
+  )
+
+
 def train_prm(run: Run, round_: int, policy: Any, found: Sequence[Trajectory]) -> Any:
   """The PRM `{'trunk', 'head'}` of this round."""
   name = f'round{round_}/prm'
@@ -74,11 +86,7 @@ def train_prm(run: Run, round_: int, policy: Any, found: Sequence[Trajectory]) -
       run.bench.progress.say(f'{name}: skipped: there are no {what}; it scores as it began')
       run.save(name, 'prm', start)
       return {'trees': len(trees), 'nodes': 0}
-    loss = prm_loss(
-      run.model,
-      pair_coef=config.pair_coef if config.mode != 'pointwise' else 0.0,
-      point_coef=0.0 if config.mode == 'pairwise' else 1.0,
-    )
+    loss = loss_of(run.model, config)
     data = of_list(rows, seed=seed)
     trained, last = fit(run.bench, name, 'prm', run.model, start, loss, data, config.optim)
     trained = lora.blended(start, trained, config.blend)
@@ -105,7 +113,8 @@ def accepted_returns(found: Iterable[Trajectory]) -> list[Trajectory]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _scores(model, params, batch: StepBatch) -> jax.Array:
+def batch_scores(model, params, batch: StepBatch) -> jax.Array:
+  """[B, M] log-odds of the steps of a batch."""
   return step_scores(model, params, batch)
 
 
@@ -118,7 +127,7 @@ def score_paths(
   for start in range(0, len(paths), shape.rows):
     part = list(zip(problems, paths, strict=True))[start : start + shape.rows]
     batch = _plain_batch(run, shape, part)
-    scores = fetch(_scores(run.model, prm, spread(batch)))
+    scores = fetch(batch_scores(run.model, prm, spread(batch)))
     out += [scores[i, : len(path)].tolist() for i, (_, path) in enumerate(part)]
   return out
 

@@ -11,11 +11,12 @@ import numpy as np
 
 from o1jax import rewards
 from o1jax.batch import RolloutBatch, TokenBatch
+from o1jax.config import RlConfig
 from o1jax.data import steps as steps_lib
 from o1jax.data import stepwise
 from o1jax.data.pack import pack
 from o1jax.data.pipeline import batches
-from o1jax.learn.logprobs import token_logprobs
+from o1jax.learn.logprobs import states, token_logprobs
 from o1jax.learn.objectives import (
   dpo_loss,
   ppo_loss,
@@ -24,9 +25,10 @@ from o1jax.learn.objectives import (
   value_on_policy,
 )
 from o1jax.learn.state import init_state
-from o1jax.learn.update import make_update, run_updates
+from o1jax.learn.update import LossFn, make_update, run_updates
 from o1jax.models import lora
 from o1jax.models.heads import ScalarHead
+from o1jax.models.transformer import Model
 from o1jax.parallel.distributed import fetch
 from o1jax.parallel.sharding import batch_sharding, shard, spread
 from o1jax.run.stop import deferred
@@ -91,7 +93,7 @@ def _judged(run: Run, round_: int, tests) -> dict[str, tuple[TestCase, ...]]:
 def _train(run: Run, name: str, round_: int, policy, prm, tests, known, chunks):
   config, bench = run.config.rl, run.bench
   problems = [p for p in run.known_problems(round_) if p.id in tests]
-  loss_fn, start = _loss(run, policy)
+  loss_fn, start = loss_of(run.model, config), _start(run, policy)
   tx = optimizer(config.optim)
   trained, frozen = lora.partition(start)
   state = init_state(trained, tx)
@@ -147,13 +149,11 @@ def alpha_at(run: Run, iteration: int) -> float:
   return config.alpha_start
 
 
-def _loss(run: Run, policy: Any):
-  """The loss of the configured algorithm and what it trains."""
-  config = run.config.rl
-  start = place(run.bench, run.model, policy)
+def loss_of(model: Model, config: RlConfig) -> LossFn:
+  """The loss of the configured algorithm."""
   if config.algorithm == 'dpo':
-    loss = dpo_loss(
-      run.model,
+    return dpo_loss(
+      model,
       config.beta,
       nll=config.nll,
       preference=config.preference,
@@ -161,10 +161,8 @@ def _loss(run: Run, policy: Any):
       ipo=config.ipo,
       length_normalised=config.length_normalised,
     )
-    return loss, start
-  critic = config.algorithm == 'ppo'
-  loss = ppo_loss(
-    run.model,
+  return ppo_loss(
+    model,
     clip_low=config.clip,
     clip_high=config.clip,
     negative_scale=config.negative_scale,
@@ -172,10 +170,17 @@ def _loss(run: Run, policy: Any):
     kl=KL[config.kl_estimator],
     entropy_coef=config.entropy_coef,
     sequence_mean=config.loss_mean == 'sequence',
-    value_fn=_value_fn(run.model, config.critic) if critic else None,
+    value_fn=_value_fn(model, config.critic) if config.algorithm == 'ppo' else None,
     value_coef=config.value_coef,
   )
-  return loss, {'policy': start, 'critic': _critic(run, policy)} if critic else start
+
+
+def _start(run: Run, policy: Any) -> Any:
+  """What that loss trains, as it is before the first update."""
+  start = place(run.bench, run.model, policy)
+  return (
+    {'policy': start, 'critic': _critic(run, policy)} if run.config.rl.algorithm == 'ppo' else start
+  )
 
 
 def _critic(run: Run, policy: Any) -> Any:
@@ -196,13 +201,15 @@ def _policy_of(params: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logprobs(model, params, batch):
+def row_logprobs(model, params, batch):
+  """[B, T] log-probabilities of the tokens of a `TokenBatch`."""
   return token_logprobs(model, params, batch.tokens, batch.positions, batch.segments)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _values(model, critic, params, batch):
-  hidden = model.hidden(params['policy'], batch.tokens, batch.positions, batch.segments)
+def row_values(model, critic, params, batch):
+  """[B, T] values of PPO's critic, a head on the policy's trunk or on its own."""
+  hidden = states(model, params['policy'], batch.tokens, batch.positions, batch.segments)
   return _value_fn(model, critic)(params['critic'], hidden, batch)
 
 
@@ -210,9 +217,18 @@ def _over(update: Callable, frozen: Any, state: Any, batch: Any):
   return update(state, batch, frozen)
 
 
-def _read(of: Callable[..., jax.Array], *args: Any) -> np.ndarray:
-  """What a model says of the rows of the last argument, a host batch spread over the mesh."""
-  return fetch(of(*args[:-1], spread(args[-1])))
+def _read(size: int, of: Callable[..., jax.Array], *args: Any) -> np.ndarray:
+  """What a model says of the rows of the last argument, a host batch: `size` rows at once.
+
+  Those of an iteration together would need more memory than the updates do.
+  """
+  *fixed, batch = args
+  count = len(jax.tree.leaves(batch)[0])
+  parts = []
+  for first in range(0, count, size):
+    part = jax.tree.map(lambda x, first=first: x[first : first + size], batch)
+    parts.append(fetch(of(*fixed, spread(part))))
+  return np.concatenate(parts)
 
 
 def _learn(run: Run, update, state, params, reference, rollouts: Rollouts, alpha, iteration, rng):
@@ -234,9 +250,9 @@ def _minibatches(run: Run, params, reference, rollouts: Rollouts, alpha, iterati
   config = run.config.rl
   size = config.minibatch
   if config.algorithm == 'dpo':
-    ref_logprobs = lambda side: _read(_logprobs, run.model, reference, side)  # noqa: E731
-    whole = pair_batch(config, rollouts, alpha, ref_logprobs, config.rows // 2)
     size = max(1, config.minibatch // 2)
+    ref_logprobs = lambda side: _read(size, row_logprobs, run.model, reference, side)  # noqa: E731
+    whole = pair_batch(config, rollouts, alpha, ref_logprobs, config.rows // 2)
   else:
     whole = _rollout_batch(run, params, reference, rollouts, alpha, iteration)
   count = len(jax.tree.leaves(whole)[0])
@@ -258,12 +274,14 @@ def _rollout_batch(
   plain = rollout_batch(config, rollouts, alpha, values=None, **args)
   views = TokenBatch(plain.tokens, plain.positions, plain.segments, plain.mask)
   if config.kl_coef:
-    args['ref_logprobs'] = _read(_logprobs, run.model, reference, views)
+    args['ref_logprobs'] = _read(config.minibatch, row_logprobs, run.model, reference, views)
   if config.importance_cap:
-    args['now_logprobs'] = _read(_logprobs, run.model, _policy_of(params), views)
+    args['now_logprobs'] = _read(
+      config.minibatch, row_logprobs, run.model, _policy_of(params), views
+    )
   values = None
   if config.algorithm == 'ppo':
-    values = _read(_values, run.model, config.critic, params, views)
+    values = _read(config.minibatch, row_values, run.model, config.critic, params, views)
   return rollout_batch(config, rollouts, alpha, values=values, **args)
 
 

@@ -29,6 +29,7 @@ from o1jax.stages.evaluate import answer, name_ids, sampler, step_ids
 from o1jax.types import Problem, Step, Trajectory, Verdict
 
 CHUNK = 100  # problems searched between two saves
+MAX_STEP = 24  # tokens of one step of a guided descent, its program excepted
 
 
 def drawing(run: Run) -> Drawing:

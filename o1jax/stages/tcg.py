@@ -16,17 +16,19 @@ import jax
 import numpy as np
 
 from o1jax.batch import PairBatch, TokenBatch
+from o1jax.config import TcgConfig
 from o1jax.data import family, test_parts
 from o1jax.data.pack import Document, pack
 from o1jax.data.pipeline import batches
 from o1jax.data.steps import program_step
 from o1jax.learn.logprobs import sequence_logprobs
 from o1jax.learn.objectives import dpo_loss, sft_loss
+from o1jax.learn.update import LossFn
 from o1jax.models.transformer import Model
 from o1jax.parallel.distributed import fetch
-from o1jax.parallel.sharding import ambient_ways, spread
+from o1jax.parallel.sharding import spread
 from o1jax.sampling.draw import GREEDY, Drawing
-from o1jax.sampling.sampler import Sampler, round_up
+from o1jax.sampling.sampler import Sampler
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import interval, name_ids
 from o1jax.stages.execute import Executor
@@ -35,7 +37,6 @@ from o1jax.types import ACCEPTED, Problem, TestCase
 
 STAGE = 'tcg'
 _TESTS = 'tcg_tests'  # the folder of what `write_tests` keeps; made within the stage
-_REFERENCE_ROWS = 64  # pairs whose reference log-probs are computed at once
 
 Cases = tuple[TestCase, ...]
 
@@ -220,22 +221,22 @@ def draw_pairs(run: Run, reference: Any, parts: Sequence[test_parts.Part]) -> Pa
     most=config.dpo.steps * config.dpo.batch,
     seed=run.config.run.seed,
   )
-  logprobs = [reference_logprobs(run.model, reference, rows) for rows in (chosen, rejected)]
+  size = config.dpo.batch  # an update reads as many, and they divide over the mesh
+  logprobs = [reference_logprobs(run.model, reference, rows, size) for rows in (chosen, rejected)]
   return PairBatch(chosen, rejected, *logprobs)
 
 
-def reference_logprobs(model: Model, params: Any, rows: TokenBatch) -> np.ndarray:
-  """Summed log-prob of each row's answer, [N] float32, computed in blocks of one shape."""
-  count, size = len(rows.tokens), round_up(_REFERENCE_ROWS, ambient_ways())
-  found = []
+def reference_logprobs(model: Model, params: Any, rows: TokenBatch, size: int) -> np.ndarray:
+  """Summed log-prob of each row's answer, [N] float32, computed in blocks of `size` rows."""
+  count, found = len(rows.tokens), []
   for first in range(0, count, size):
     index = np.minimum(np.arange(first, first + size), count - 1)
     block = jax.tree.map(lambda x, index=index: x[index], rows)
-    found.append(fetch(_logprobs(model, params, spread(block))))
+    found.append(fetch(answer_logprobs(model, params, spread(block))))
   return np.concatenate(found)[:count] if found else np.zeros(0, np.float32)
 
 
-_logprobs = jax.jit(sequence_logprobs, static_argnums=0)
+answer_logprobs = jax.jit(sequence_logprobs, static_argnums=0)
 
 
 def _fit_sft(run: Run, documents: Sequence[Document]) -> Any:
@@ -252,6 +253,19 @@ def _fit_sft(run: Run, documents: Sequence[Document]) -> Any:
   return fit(run.bench, STAGE, 'sft', run.model, start, loss, data, config.sft)[0]
 
 
+def pair_loss(model: Model, config: TcgConfig, preference: float) -> LossFn:
+  """DPO's loss, or with `preference` 0 that of its control."""
+  return dpo_loss(
+    model,
+    config.beta,
+    nll=config.nll if preference else 1.0,
+    preference=preference,
+    label_smoothing=config.label_smoothing,
+    ipo=config.ipo,
+    length_normalised=config.length_normalised,
+  )
+
+
 def _fit_pairs(run: Run, name: str, start: Any, pairs: PairBatch, *, preference: float) -> Any:
   """DPO, or with `preference` 0 its control, which has nothing but the NLL term."""
   config = run.config.tcg
@@ -259,16 +273,7 @@ def _fit_pairs(run: Run, name: str, start: Any, pairs: PairBatch, *, preference:
     run.bench.progress.say(f'{STAGE}/{name}: skipped: there are no pairs; it stays as SFT left it')
     return start
   data = batches(pairs, batch=config.dpo.batch, seed=run.config.run.seed)
-  nll = config.nll if preference else 1.0
-  loss = dpo_loss(
-    run.model,
-    config.beta,
-    nll=nll,
-    preference=preference,
-    label_smoothing=config.label_smoothing,
-    ipo=config.ipo,
-    length_normalised=config.length_normalised,
-  )
+  loss = pair_loss(run.model, config, preference)
   return fit(run.bench, STAGE, name, run.model, start, loss, data, config.dpo)[0]
 
 

@@ -1,0 +1,1 @@
+"""What a run asks of devices that are not there: memory, arithmetic, communication, time, cost."""

@@ -1,0 +1,100 @@
+"""How often a run calls each step, and the tokens of it: from its config alone.
+
+Upper limits: every path takes `data.max_path_tokens`, every search all of its simulations, no
+iteration of RL ends early. Sampling is counted in tokens and given as full calls of `decode`.
+"""
+
+from __future__ import annotations
+
+import math
+
+from o1jax.config import Config
+from o1jax.plan.steps import Step
+from o1jax.stages import prm, report, synthesis
+
+
+def trained(config: Config) -> dict[str, int]:
+  """Updates of each train step over the whole run."""
+  rounds = config.run.rounds
+  found = {
+    'tcg/sft': config.tcg.sft.steps,
+    'tcg/dpo': config.tcg.dpo.steps,
+    'tcg/control': config.tcg.dpo.steps if config.tcg.control else 0,
+    'policy_sft': config.policy_sft.optim.steps * (rounds + config.rl.control),
+    'prm': config.prm.optim.steps * rounds,
+    'rl': config.rl.optim.steps * rounds,
+  }
+  return {name: steps for name, steps in found.items() if steps}
+
+
+def sampled(config: Config) -> dict[str, int]:
+  """Paths (for `tcg`: test parts) that are sampled, by what for."""
+  rounds, evaluated = config.run.rounds, 1 + config.eval.samples
+  new = config.data.per_round or config.data.train_problems
+  uct = math.ceil(config.search.simulations / config.search.children) * config.search.children
+  guided = config.search.guided_descents
+  later = guided * _descent(config, config.search.guided_children) if guided else uct
+  rollouts = config.rl.iterations * config.rl.rows
+  trainings = 2 * rounds + config.rl.control
+  found = {
+    'search': new * (uct + (rounds - 1) * later),
+    'search control': new * (rounds - 1) * later if guided and config.eval.sampling_control else 0,
+    'rl': rollouts * rounds,
+    'rl control': rollouts if config.rl.control else 0,
+    'dev': trainings * evaluated * config.data.dev_problems,
+    'prm dev': rounds * prm.SAMPLES * min(prm.DEV_PROBLEMS, config.data.dev_problems),
+    'test': (1 + trainings) * evaluated * config.data.test_problems,
+    'prm test': 2 * rounds * prm.SAMPLES * min(report.PRM_PROBLEMS, config.data.test_problems),
+  }
+  if config.eval.test_time:
+    each = _descent(config, config.eval.search_children)
+    found['search test'] = 3 * 2 * each * config.data.test_problems
+  return {name: int(paths) for name, paths in found.items() if paths}
+
+
+def generated(config: Config) -> int:
+  """Tokens that are sampled, at most."""
+  tcg = config.tcg
+  tables = 2 + 3 + tcg.control  # of quality: on dev twice, on test one for each training
+  parts = config.data.train_problems * tcg.samples + tables * tcg.eval_problems
+  return sum(sampled(config).values()) * config.data.max_path_tokens + parts * tcg.max_tokens
+
+
+def calls(config: Config, steps: list[Step]) -> dict[str, float]:
+  """Calls of each step over the run; of sampling as many full ones as the tokens make."""
+  by_name = {step.name: step for step in steps}
+  rl, rounds = config.rl, config.run.rounds
+  found: dict[str, float] = dict(trained(config))
+  if 'decode' in by_name:
+    found['decode'] = generated(config) / (by_name['decode'].rows * by_name['decode'].width)
+  if 'prefill' in by_name:  # a prompt for every path, though siblings share theirs
+    found['prefill'] = sum(sampled(config).values()) / by_name['prefill'].rows
+  if 'score' in by_name:
+    found['score'] = _scored(config) / by_name['score'].rows
+  # As many rows at once as in an update, so that an iteration has as many calls as updates.
+  reads = 2 if rl.algorithm == 'dpo' else bool(rl.kl_coef) + bool(rl.importance_cap)
+  once = rounds * rl.iterations * (rl.rows // rl.minibatch)
+  found['tcg/logprobs'] = 2 * config.tcg.dpo.steps  # both sides of every pair
+  found |= {'rl/logprobs': once * reads, 'rl/values': once}
+  paths = sampled(config)
+  scored = paths['rl'] + paths['prm dev'] + paths['prm test']
+  if 'prm/scores' in by_name:
+    found['prm/scores'] = scored / by_name['prm/scores'].rows
+  return {name: float(n) for name, n in found.items() if name in by_name}
+
+
+def _descent(config: Config, children: int) -> float:
+  """Paths' worth of tokens of one guided descent: K candidates a step, and the program once."""
+  limit = config.data.max_path_tokens
+  steps = min(limit, synthesis.MAX_STEP * config.search.depth_limit)
+  return (children * steps + limit) / limit
+
+
+def _scored(config: Config) -> float:
+  """Candidate steps that the PRM scores in guided descents."""
+  search, data, depth = config.search, config.data, config.search.depth_limit
+  new = data.per_round or data.train_problems
+  found = (config.run.rounds - 1) * new * search.guided_descents * depth * search.guided_children
+  if config.eval.test_time:
+    found += 3 * data.test_problems * depth * config.eval.search_children
+  return found
