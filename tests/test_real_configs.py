@@ -24,8 +24,8 @@ NAMES = tuple(tiny_checkpoint.ARCHITECTURES)
 # The config's own settings but for sizes: everything is there, little of it is done.
 SMALL = """
 run.rounds=1 run.log_every=1 metrics.tensorboard=false data.train_problems=40 data.per_round=0
-data.dev_problems=2 data.test_problems=2 data.max_prompt_tokens=320 data.max_path_tokens=24
-tcg.problems=40 tcg.draws=1 tcg.row_tokens=512 tcg.max_tokens=16 tcg.samples=1 tcg.eval_problems=2
+data.dev_problems=2 data.test_problems=2 data.max_prompt_tokens=128 data.max_path_tokens=24
+tcg.problems=40 tcg.draws=1 tcg.row_tokens=384 tcg.max_tokens=16 tcg.samples=1 tcg.eval_problems=2
 tcg.sft.steps=1 tcg.sft.warmup=0 tcg.sft.batch=2 tcg.sft.accumulate=1
 tcg.dpo.steps=1 tcg.dpo.warmup=0 tcg.dpo.batch=2 tcg.dpo.accumulate=1
 search.simulations=4 search.children=2 search.depth_limit=3 search.guided_children=2
@@ -57,19 +57,6 @@ def train(folder, name, source, *extra):
   return folder / 'run', got.stdout + got.stderr
 
 
-def human_eval_rows(count):
-  return [
-    {
-      'task_id': f'HumanEval/{i}',
-      'prompt': f'def add_{i}(x):\n    """ Return x and {i} added up, case {chr(97 + i)}. """\n',
-      'entry_point': f'add_{i}',
-      'canonical_solution': f'    return x + {i}\n',
-      'test': f'def check(candidate):\n    assert candidate(1) == {1 + i}\n',
-    }
-    for i in range(count)
-  ]
-
-
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
   """The paper's TCG config on both kinds of problems: real tests, and assertions alone."""
@@ -77,7 +64,7 @@ def whole(tmp_path_factory):
   model_of(folder, NAMES[2])
   (folder / 'data').mkdir()
   (folder / 'data' / 'train.json').write_text(json.dumps(tiny_checkpoint.taco_rows(20)))
-  lines = (json.dumps(row) + '\n' for row in human_eval_rows(12))
+  lines = (json.dumps(row) + '\n' for row in tiny_checkpoint.human_eval_rows(12))
   (folder / 'data' / 'train-assertions.jsonl').write_text(''.join(lines))
   return folder, *train(folder, NAMES[2], folder / 'data', *LESS)
 
@@ -93,7 +80,7 @@ def test_a_run_that_finds_nothing_says_so_and_ends_whole(whole):
   judged = int(re.search(r'0 of (\d+) problems are judged by generated tests', told)[1])
   assert f'rl.problems=40, but {judged} have tests: an iteration has those' in told
   # The statement that is too long and the one with a tag are left out, the others are read.
-  assert 'train: 1 problems left out: 1 have more than data.max_prompt_tokens=320' in told
+  assert 'train: 1 problems left out: 1 have more than data.max_prompt_tokens=128' in told
   assert "contains the step tag '<Step_End>'" in told
   metrics = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
   assert {'tcg/sft', 'tcg/dpo', 'round0/rl/policy'} <= {row['stage'] for row in metrics}

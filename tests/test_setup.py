@@ -96,3 +96,11 @@ def test_bytes_of_a_step_count_the_base_once():
   assert bytes_of(**(roles | {'prm': {}})) == 4 * count + 16 * count
   half = Model(dataclasses.replace(model.config, dtype='bfloat16'))
   assert setup.state_bytes(config.check({}), half) == 8 * count
+
+
+def test_the_embedded_problems_spell_out_nothing_special(caplog):
+  """Its tokenizer has pieces such as ' 1' that transformers lists among the special ones."""
+  encoder = PathEncoder(Tokenizer(setup.model_folder(config.check({}))))
+  with caplog.at_level(logging.WARNING, logger='o1jax'):
+    found = setup.read_split(config.check({'data': {'dev_problems': 50}}), 'dev', encoder)
+  assert len(found) == 50 and not caplog.records

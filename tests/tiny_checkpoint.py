@@ -69,6 +69,25 @@ def write(folder: pathlib.Path, name: str, seed: int = 0) -> pathlib.Path:
   return folder
 
 
+def _words(i: int, count: int) -> str:
+  """Words that no other i has in this order: statements must not be near-duplicates."""
+  return ' '.join(f'w{(i * 31 + j * (7 + i)) % 97:02d}' for j in range(count))
+
+
+def human_eval_rows(count: int) -> list[dict]:
+  """Rows in HumanEval's spelling, as long as those of `taco_rows`: equal shapes compile once."""
+  return [
+    {
+      'task_id': f'HumanEval/{i}',
+      'prompt': f'def add_{i:02d}(x):\n    """ Return {i:02d} more. {_words(i + 50, 12)} """\n',
+      'entry_point': f'add_{i:02d}',
+      'canonical_solution': f'    return x + {i}\n',
+      'test': f'def check(candidate):\n    assert candidate(1) == {1 + i}\n',
+    }
+    for i in range(count)
+  ]
+
+
 def taco_rows(count: int) -> list[dict]:
   """Rows in TACO's spelling, lists in strings of JSON: one has a tag in it, one is very long."""
   rows = []
@@ -77,10 +96,10 @@ def taco_rows(count: int) -> list[dict]:
     inputs = [f'{a} {a + i}\n' for a in range(4)]
     outputs = [f'{2 * a + i + shift}\n' for a in range(4)]
     code = f'a, b = map(int, input().split())\nprint(a + b + {shift})'
-    words = ' '.join(f'word{(i * 31 + j * 7) % 97}' for j in range(12))
+    words = _words(i, 14)
     rows.append(
       {
-        'question': f'Task {i}: {words}. Print the sum of two numbers and {shift}.',
+        'question': f'Task {i:02d}: {words}. Print the sum of two numbers and {shift}.',
         'solutions': json.dumps([code]),
         'starter_code': '',
         'input_output': json.dumps({'inputs': inputs, 'outputs': outputs}),
