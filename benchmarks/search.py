@@ -5,10 +5,14 @@
 The bundled base model searches problems of the train split from a depth of `--depth` steps: each
 tree begins at a prompt and steps that the model wrote before. All ways sample K = 4 steps of every
 chosen leaf. Ours and `recompute` (b) value them by a PRM (the policy's log-probabilities, as a PRM
-begins) and run the programs in the sandbox; they differ in nothing but that (b) reads every prefix
-again, the PRM's too. `released` (a) is transformers' `generate` on torch (the `parity` extra), one
-step of one problem a call, its prefix re-read, without PRM and sandbox. Each way is compiled by a
-first run that is not timed. `roll-outs` are the same search with every step rolled out to its end.
+begins) and run the programs in the sandbox; (b) reads every prefix again, the PRM's too, and does
+not replace rows that have stopped. `released` (a) is transformers' `generate` on torch (the extra
+`parity`), one step of one problem a call, its prefix read again, without PRM and sandbox.
+`roll-outs` are ours and (b) with every step rolled out to its end, without PRM.
+
+Each search is compiled by a run that is not timed; then the ways take turns, and the fastest of
+`--repeats` runs stands. New tokens are prompts, once, and tokens drawn; tokens computed are those
+that the policy read or drew; positions are those, padding, and rows that have stopped.
 """
 
 from __future__ import annotations
@@ -54,7 +58,7 @@ class Case:
     self.steps = StepIds(ids.step_end_id, ids.action_ids[2], ids.eos_id)
     self.problems = load_split('embedded', 'train', problems, seed=0)
     self.prompts = [self.encoder.prompt(p) for p in self.problems]
-    self.executor = Executor(pool)
+    self.pool, self.executor = pool, Executor(pool)
     self.prm = {'trunk': self.params, 'head': StepHead.init(self.model.config)}
     self.sampler = Sampler(self.model, MAX_NEW, (ids.eos_id,), rows=ROWS)
     self.written = self._write_steps()
@@ -72,6 +76,11 @@ class Case:
     chosen = [self.prompts[i % len(self.prompts)] for i in range(count)]
     return [sum(rng.choices(self.written, k=depth - 1), p) for p in chosen]
 
+  def forget_programs(self) -> None:
+    """Programs run anew; how long the references take stays known."""
+    self.executor = Executor(self.pool)
+    self.executor.judge(self.problems, [()] * len(self.problems))
+
   def judge(self, jobs) -> list[float]:
     paths = [self.encoder.steps_of(tokens) for _, tokens in jobs]
     problems = [self.problems[i % len(self.problems)] for i, _ in jobs]
@@ -79,14 +88,19 @@ class Case:
     return [float('nan') if v is None or v.masked else v.pass_rate for v in verdicts]
 
 
-def reread(sampler: Sampler, paths, todo, *, seed, ids, marks, keep):
+class Reread:
   """`continue_paths` without a pool: each leaf's prefix is read for its K rows together."""
-  del marks, keep
-  leaves = list(dict.fromkeys(todo))
-  prompts = [[*paths.prompts[p[0]], *sum(p[1:], ())] for p in leaves]
-  names = ids[:: len(todo) // len(leaves), :-1]
-  each = len(todo) // len(leaves)
-  return sampler(paths.params, prompts, seed=seed, ids=names, samples=each)
+
+  def __init__(self):
+    self.tokens = 0  # of all prefixes
+
+  def __call__(self, sampler: Sampler, paths, todo, *, seed, ids, marks, keep):
+    del marks, keep
+    leaves = list(dict.fromkeys(todo))
+    each = len(todo) // len(leaves)
+    prompts = [[*paths.prompts[p[0]], *sum(p[1:], ())] for p in leaves]
+    self.tokens += sum(map(len, prompts))
+    return sampler(paths.params, prompts, seed=seed, ids=ids[::each, :-1], samples=each)
 
 
 def rescore(case: Case, prompts):
@@ -106,46 +120,61 @@ def rescore(case: Case, prompts):
   return score, lambda: computed[0]
 
 
-def measure(
-  case: Case, prompts, *, pool: bool, mix: float = 1.0, simulations: int = SIMULATIONS
-) -> dict[str, float]:
-  """Figures of one search, the second of two."""
-  search = Search(
-    case.sampler,
-    case.steps,
-    width=CHILDREN,
-    simulations=simulations,
-    max_depth=32,
-    rule=puct,
-    mix=mix,
-  )
-  if not pool:
-    search = dataclasses.replace(search, extend=reread)
-  for timed in (False, True):
-    case.executor = Executor(case.executor._pool)  # it remembers no program
-    case.executor.judge(case.problems, [()] * len(case.problems))  # the references' times
-    score, read = rescore(case, prompts)
-    if pool:
-      tokens = sum(map(len, prompts)) + 32 * CHILDREN * simulations * len(prompts)
-      nodes = len(prompts) * (1 + CHILDREN * simulations)
+@dataclasses.dataclass(frozen=True)
+class Way:
+  """One way to search; a call is one search from the start."""
+
+  case: Case
+  prompts: list[tuple[int, ...]]
+  pool: bool
+  mix: float = 1.0
+
+  def __call__(self, seed: int) -> dict[str, float]:
+    case, prompts, reread = self.case, self.prompts, Reread()
+    search = Search(
+      case.sampler,
+      case.steps,
+      width=CHILDREN,
+      simulations=SIMULATIONS,
+      max_depth=32,
+      rule=puct,
+      mix=self.mix,
+    )
+    score, prm_positions = rescore(case, prompts)
+    if self.pool:
+      nodes = len(prompts) * (1 + CHILDREN * SIMULATIONS)
+      tokens = sum(map(len, prompts)) + 32 * nodes
       score = TreeScorer(case.model, case.prm, prompts, case.steps, tokens=tokens, nodes=nodes)
-      read = lambda score=score: score.paths.computed  # noqa: E731
+      prm_positions = lambda: score.paths.computed  # noqa: E731
+    else:
+      search = dataclasses.replace(search, extend=reread)
+    case.forget_programs()
+    score = score if self.mix else None
     start = time.perf_counter()
-    forest = search(case.params, prompts, case.judge, score=score if mix else None, seed=timed)
+    forest = search(case.params, prompts, case.judge, score=score, seed=seed)
     seconds = time.perf_counter() - start
-  drawn = int((forest.tree.size - 1).sum())
-  new = sum(map(len, prompts)) + forest.generated
-  return {
-    'nodes': drawn,
-    'seconds': round(seconds, 3),
-    'nodes_per_s': round(drawn / seconds, 1),
-    'new_tokens_per_s': round(forest.generated / seconds),
-    'computed_per_new_token': round(forest.computed / new, 3),
-    'prm_computed': read(),
-    'read_again': forest.read_again,
-    'sandbox_wait_share': round(forest.waited_s / seconds, 4),
-    'select_backup_share': round(forest.tree_s / seconds, 4),
-  }
+    nodes, read = int((forest.tree.size - 1).sum()), sum(map(len, prompts))
+    new = read + forest.generated
+    computed = new + forest.read_again if self.pool else reread.tokens + forest.generated
+    return {
+      'nodes': nodes,
+      'seconds': round(seconds, 3),
+      'nodes_per_s': round(nodes / seconds, 1),
+      'new_tokens_per_s': round(forest.generated / seconds),
+      'computed_per_new_token': round(computed / new, 3),
+      'positions_per_new_token': round(forest.computed / new, 3),
+      'prm_positions_per_new_token': round(prm_positions() / new, 3) if self.mix else None,
+      'sandbox_wait_share': round(forest.waited_s / seconds, 4),
+      'select_backup_share': round(forest.tree_s / seconds, 4),
+    }
+
+
+def fastest(repeats: int, *ways: Way) -> list[dict[str, float]]:
+  """The fastest of the runs of each, which take turns; all search the same trees."""
+  for way in ways:
+    way(seed=0)
+  runs = [[way(seed=0) for way in ways] for _ in range(repeats)]
+  return [min(found, key=lambda run: run['seconds']) for found in zip(*runs, strict=True)]
 
 
 def released(case: Case, prompts) -> dict[str, float] | None:
@@ -194,28 +223,30 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--problems', type=int, default=64)
   parser.add_argument('--depth', type=int, default=8)
-  parser.add_argument('--simulations', type=int, default=SIMULATIONS)
+  parser.add_argument('--repeats', type=int, default=3)
   parser.add_argument('--growth', action='store_true', help='over B and depth; roll-outs')
   parser.add_argument('--no-reference', action='store_true', help='without transformers')
   args = parser.parse_args()
   with Pool() as pool:
     case = Case(args.problems, pool)
     prompts = case.prefixes(args.problems, args.depth)
-    settings = {'simulations': args.simulations}
-    ours = measure(case, prompts, pool=True, **settings)
-    ours['peak_bytes'] = peak_bytes()
+    fastest(1, Way(case, prompts, pool=True))
+    peak = peak_bytes()  # before anything else is run
+    ways = Way(case, prompts, pool=True), Way(case, prompts, pool=False)
+    ours, recompute = fastest(args.repeats, *ways)
     show('ours', ours)
-    show('recompute', recompute := measure(case, prompts, pool=False, **settings))
+    show('recompute', recompute)
     if args.growth:
-      show('ours, roll-outs', measure(case, prompts, pool=True, mix=0.0))
-      show('recompute, roll-outs', measure(case, prompts, pool=False, mix=0.0))
-      for count in (1, 16, 256):
-        show(f'ours, B={count}', measure(case, case.prefixes(count, args.depth), pool=True))
-      for depth in (2, 4, 12):
-        show(f'ours, depth={depth}', measure(case, case.prefixes(64, depth), pool=True))
+      rolled = [dataclasses.replace(way, mix=0.0) for way in ways]
+      for name, found in zip(('ours', 'recompute'), fastest(args.repeats, *rolled), strict=True):
+        show(f'{name}, roll-outs', found)
+      for count, depth in ((1, 8), (16, 8), (256, 8), (64, 2), (64, 4), (64, 12)):
+        way = Way(case, case.prefixes(count, depth), pool=True)
+        show(f'ours, B={count}, depth={depth}', *fastest(args.repeats, way))
     reference = None if args.no_reference else released(case, prompts)
     show('released', reference)
   ours |= {
+    'peak_bytes': peak,
     'recompute_nodes_per_s': recompute['nodes_per_s'],
     'recompute_computed_per_new_token': recompute['computed_per_new_token'],
     'released_nodes_per_s': reference and reference['nodes_per_s'],

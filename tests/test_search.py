@@ -33,7 +33,7 @@ class PlainNode:
   def __init__(self, parent=None, identity=None, logprob=0.0, score=0.0, terminal=False, cut=False):
     self.parent, self.identity, self.logprob, self.score = parent, identity, logprob, score
     self.terminal, self.cut = terminal, cut
-    self.visits, self.total, self.prior = 0, 0.0, 0.0
+    self.visits, self.picks, self.total, self.prior = 0, 0, 0.0, 0.0
     self.children = []
     self.depth = 0 if parent is None else parent.depth + 1
 
@@ -79,6 +79,10 @@ class PlainTree:
       leaf.children.append(node)
       self.nodes.append(node)
       out.append(node)
+    up = leaf
+    while up is not None:
+      up.picks += 1
+      up = up.parent
     weights = [math.exp(n.logprob) for n in leaf.children]
     for node, weight in zip(leaf.children, weights, strict=True):
       node.prior = weight / sum(weights)
@@ -154,6 +158,7 @@ def assert_same(tree, plain):
     index = {id(node): i for i, node in enumerate(p.nodes)}
     assert tree.size[b] == n
     assert tree.visits[b, :n].tolist() == [x.visits for x in p.nodes]
+    assert tree.picks[b, :n].tolist() == [x.picks for x in p.nodes]
     np.testing.assert_allclose(tree.value_sum[b, :n], [x.total for x in p.nodes], atol=1e-5)
     np.testing.assert_allclose(tree.prior[b, :n], [x.prior for x in p.nodes], atol=1e-5)
     assert tree.depth[b, :n].tolist() == [x.depth for x in p.nodes]

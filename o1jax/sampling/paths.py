@@ -53,7 +53,7 @@ class Paths:
     rows: paths read at once.
 
   `computed` counts positions that went through the model, padding included; `read_again` the
-  tokens among them that had been read before and were evicted.
+  tokens among them that had been read or drawn before (they were evicted, or there was no room).
   """
 
   def __init__(
@@ -163,6 +163,8 @@ class Paths:
       How many are in the pool now.
     """
     rows, columns, slots, states, ends = [], [], [], [], []
+    news = list(news)
+    self._seen.update(path for path, _, _ in news)
     for path, row, where in news:
       entry = self._add(path, len(where))
       if entry is None:
@@ -228,7 +230,6 @@ class Paths:
     self._free, slots = self._free[:-tokens], self._free[-tokens:]
     entry = _Entry(slots, self._free_states.pop(), self._clock)
     self._entries[path] = entry
-    self._seen.add(path)
     if len(path) > 1:
       self._entries[path[:-1]].children += 1
     return entry
