@@ -9,15 +9,19 @@ import jax.numpy as jnp
 import pytest
 
 from o1jax import config as config_lib
+from o1jax.batch import TokenBatch
 from o1jax.learn.logprobs import columns_at_once
 from o1jax.learn.objectives import sft_loss
 from o1jax.models import Model, ModelConfig
 from o1jax.parallel import make_mesh
 from o1jax.plan import chips, counts, flops, measure, plan, steps
+from o1jax.plan import step as step_lib
 from o1jax.plan.__main__ import main
+from o1jax.plan.arguments import Arguments, device_bytes
 from o1jax.plan.flops import Flops
 from o1jax.plan.hlo import Program
-from o1jax.plan.steps import Step
+from o1jax.plan.step import Step
+from o1jax.stages.fit import optimizer
 
 ARCH = ModelConfig(512, 64, 2, 4, 2, 160, max_position=256)
 MODEL = Model(ARCH)
@@ -112,27 +116,62 @@ def test_the_tables(command, capsys):
 
 
 def test_what_does_not_fit_is_said_with_the_most_rows_that_do(command, capsys, monkeypatch):
-  there = measure.estimate(one_step('prefill'), chips.parse('cpu:8'), 'float32', 8).peak_bytes
-  small = dataclasses.replace(chips.CHIPS['cpu'], memory=there)
+  peak = measure.estimate(one_step('prefill'), chips.parse('cpu:8'), 'float32', 8).peak_bytes
+  beside = plan.beside_bytes(Arguments(config_of(run={'rounds': 1}), MODEL, mesh_of()), 'prefill')
+  small = dataclasses.replace(chips.CHIPS['cpu'], memory=peak + beside)
   monkeypatch.setitem(chips.CHIPS, 'cpu', small)
   assert main([*command, '--topology', 'cpu:8', '--steps', 'prefill']) == 1
   out = capsys.readouterr().out
   assert 'prefill: 16 rows do not fit; the most that do are 8 (search.rows)' in out
 
 
-def one_step(name, **more) -> Step:
-  pairs = [text.split('=') for text in SETTINGS if not text.startswith('mesh')]
+def test_what_the_run_holds_beside_a_step_counts():
+  given = Arguments(config_of(run={'rounds': 2}), MODEL, mesh_of())
+  one = device_bytes(given.base())
+  assert one == pytest.approx(4 * PARAMETERS / 8, rel=0.05)  # norms and biases lie whole
+  prm = device_bytes(given.params('prm'))
+  assert prm == one + 4 * (64 * 64 + 64 + 2)  # the head lies whole
+  # Base, TCG, round 0's two policies and PRM, the control; in RL this round's policy and PRM too.
+  assert plan.beside_bytes(given, 'policy_sft') == 5 * one + prm
+  assert plan.beside_bytes(given, 'rl') == 6 * one + 2 * prm
+  assert plan.beside_bytes(given, 'decode') == 6 * one + prm + 2 * one  # RL's moments
+
+
+def test_adapters_share_the_base():
+  lora = {'policy': {'rank': 2}, 'tcg': {'rank': 2}, 'prm': {'rank': 2}}
+  given = Arguments(config_of(lora=lora, run={'rounds': 2}), MODEL, mesh_of())
+  state, frozen = given.state('policy', optimizer(given.config.policy_sft.optim))
+  assert device_bytes(frozen) >= device_bytes(given.base())
+  factors = sum(x.size for x in jax.tree.leaves(state.params))
+  assert factors == step_lib.factors(given, 'policy') < PARAMETERS / 10
+  assert step_lib.factors(given, 'prm') == 2 * factors
+  assert sum(x.size for x in jax.tree.leaves(state.opt_state)) == 2 * factors + 2
+  whole = Arguments(config_of(run={'rounds': 2}), MODEL, mesh_of())
+  assert plan.beside_bytes(given, 'decode') < 0.2 * plan.beside_bytes(whole, 'decode')
+  found = steps.of_run(given.config, MODEL, mesh_of())
+  for name in ('policy_sft', 'prm', 'rl'):
+    assert next(step for step in found if step.name == name).lower(64).out_info is not None
+  quantised = Arguments(config_of(lora=lora | {'base': 'nf4'}), MODEL, mesh_of())
+  assert device_bytes(quantised.base()) < 0.6 * device_bytes(given.base())
+
+
+def config_of(**sections):
   nested: dict = {}
-  for key, value in pairs:
-    inner = nested
+  for key, value in (text.split('=') for text in SETTINGS if not text.startswith('mesh')):
     *names, last = key.split('.')
+    inner = nested
     for part in names:
       inner = inner.setdefault(part, {})
     inner[last] = int(value)
-  for section, values in more.items():
-    nested[section] = nested.get(section, {}) | values
-  mesh = make_mesh({'fsdp': 4, 'tensor': 2}, jax.devices()[:8])
-  found = steps.of_run(config_lib.check(nested), MODEL, mesh)
+  return config_lib.check(nested | sections)
+
+
+def mesh_of():
+  return make_mesh({'fsdp': 4, 'tensor': 2}, jax.devices()[:8])
+
+
+def one_step(name) -> Step:
+  found = steps.of_run(config_of(), MODEL, mesh_of())
   return next(step for step in found if step.name == name)
 
 
@@ -140,7 +179,7 @@ def test_bisection_finds_what_a_scan_finds(monkeypatch):
   topology = dataclasses.replace(chips.parse('cpu:1'))
   for most in range(12):
 
-    def fits(step, topology, dtype, rows, most=most):
+    def fits(step, topology, dtype, rows, beside, most=most):
       assert rows % 4 == 0
       return types.SimpleNamespace(fits=rows <= 4 * most, compile_s=0.0)
 
@@ -177,7 +216,7 @@ def xla_flops(function, *args) -> float:
 def test_flops_agree_with_xla_s_count_of_an_unrolled_model():
   arch = ModelConfig(2048, 256, 3, 4, 2, 768, max_position=512)  # three layers: no scan
   ids = jax.ShapeDtypeStruct((2, 512), jnp.int32)
-  batch = steps.TokenBatch(ids, ids, ids, jax.ShapeDtypeStruct((2, 512), jnp.float32))
+  batch = TokenBatch(ids, ids, ids, jax.ShapeDtypeStruct((2, 512), jnp.float32))
   for remat in (False, True):
     model = Model(arch, remat=remat)
     loss = lambda params, batch, model=model: sft_loss(model)(params, batch)[0]  # noqa: E731
@@ -217,7 +256,7 @@ def test_a_run_has_the_steps_that_its_config_asks_for(settings, names):
   config = config_lib.check({'rl': settings})
   found = steps.of_run(config, MODEL, make_mesh({}, jax.devices()[:1]))
   always = {'tcg/sft', 'tcg/logprobs', 'tcg/dpo', 'tcg/control', 'policy_sft', 'prm'}
-  always |= {'prefill', 'decode', 'score'}
+  always |= {'prefill', 'expand', 'decode', 'score'}
   assert {step.name for step in found} == always | {'prm/scores'} | names
   called = counts.calls(config, found)
   assert called.keys() == {step.name for step in found} and min(called.values()) > 0

@@ -10,6 +10,7 @@ from o1jax.config.sections import (
   OptimConfig,
   PrmConfig,
   RlConfig,
+  SearchConfig,
   Section,
   TcgConfig,
 )
@@ -24,6 +25,7 @@ __all__ = [
   'OptimConfig',
   'PrmConfig',
   'RlConfig',
+  'SearchConfig',
   'Section',
   'TcgConfig',
   'check',

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 
 from o1jax.config import Config
-from o1jax.plan.steps import Step
-from o1jax.stages import prm, report, synthesis
+from o1jax.plan.step import Step
+from o1jax.stages import prm, report
 
 
 def trained(config: Config) -> dict[str, int]:
@@ -22,7 +22,11 @@ def trained(config: Config) -> dict[str, int]:
     'tcg/control': config.tcg.dpo.steps if config.tcg.control else 0,
     'policy_sft': config.policy_sft.optim.steps * (rounds + config.rl.control),
     'prm': config.prm.optim.steps * rounds,
-    'rl': config.rl.optim.steps * rounds,
+    'rl': config.rl.iterations
+    * config.rl.epochs
+    * (config.rl.rows // config.rl.minibatch)
+    * rounds,
+    'rl/replay': config.rl.iterations * config.rl.replay * rounds,
   }
   return {name: steps for name, steps in found.items() if steps}
 
@@ -32,13 +36,14 @@ def sampled(config: Config) -> dict[str, int]:
   rounds, evaluated = config.run.rounds, 1 + config.eval.samples
   new = config.data.per_round or config.data.train_problems
   uct = math.ceil(config.search.simulations / config.search.children) * config.search.children
-  guided = config.search.guided_descents
+  guided = config.search.guided_descents if config.search.rule == 'guided' else 0
   later = guided * _descent(config, config.search.guided_children) if guided else uct
   rollouts = config.rl.iterations * config.rl.rows
   trainings = 2 * rounds + config.rl.control
   found = {
     'search': new * (uct + (rounds - 1) * later),
     'search control': new * (rounds - 1) * later if guided and config.eval.sampling_control else 0,
+    'prm': new * config.prm.samples * rounds,
     'rl': rollouts * rounds,
     'rl control': rollouts if config.rl.control else 0,
     'dev': trainings * evaluated * config.data.dev_problems,
@@ -69,6 +74,8 @@ def calls(config: Config, steps: list[Step]) -> dict[str, float]:
     found['decode'] = generated(config) / (by_name['decode'].rows * by_name['decode'].width)
   if 'prefill' in by_name:  # a prompt for every path, though siblings share theirs
     found['prefill'] = sum(sampled(config).values()) / by_name['prefill'].rows
+  if 'expand' in by_name:
+    found['expand'] = sampled(config)['search'] / by_name['expand'].rows
   if 'score' in by_name:
     found['score'] = _scored(config) / by_name['score'].rows
   # As many rows at once as in an update, so that an iteration has as many calls as updates.
@@ -86,7 +93,7 @@ def calls(config: Config, steps: list[Step]) -> dict[str, float]:
 def _descent(config: Config, children: int) -> float:
   """Paths' worth of tokens of one guided descent: K candidates a step, and the program once."""
   limit = config.data.max_path_tokens
-  steps = min(limit, synthesis.MAX_STEP * config.search.depth_limit)
+  steps = min(limit, config.search.max_step_tokens * config.search.depth_limit)
   return (children * steps + limit) / limit
 
 
@@ -98,3 +105,25 @@ def _scored(config: Config) -> float:
   if config.eval.test_time:
     found += 3 * data.test_problems * depth * config.eval.search_children
   return found
+
+
+def kept(config: Config, step: str) -> dict[str, int]:
+  """Whole sets of parameters that the run holds beside a step's own arguments, in its last round.
+
+  `o1jax.train` keeps the policy and the PRM of every round for its report. By role; 'base' is that
+  of the base model where no role shares it, 'moments' are those of RL while it samples.
+  """
+  before, control = config.run.rounds - 1, int(config.rl.control and config.run.rounds > 1)
+  if step.startswith('tcg/'):
+    return {'base': 1, 'tcg': int(step in ('tcg/dpo', 'tcg/control'))}
+  found = {'base': 1, 'tcg': 1, 'policy': 2 * before + control, 'prm': before}
+  if step == 'policy_sft':
+    return found
+  found['policy'] += 1
+  if step == 'prm':
+    return found
+  if step.startswith('rl'):  # the state's own parameters are arguments
+    found['prm'] += 1
+  # What samples or scores within RL has the whole state of it beside, but for its own arguments.
+  within = step not in ('rl', 'rl/replay')
+  return found | ({'moments': 2} if within else {})

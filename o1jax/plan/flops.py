@@ -60,20 +60,30 @@ def training(
   pieces: bool,
   read: bool = True,
   extra: float = 0.0,
+  frozen: bool = False,
+  adapters: float = 0.0,
 ) -> Flops:
   """Forward and backward pass: three times the forward pass, and what is computed again.
+
+  `frozen`: only factors of adapters are trained, `adapters` numbers in all. Kernels below them have
+  no gradients of their own, so their products count twice.
 
   `remat`: every layer is, but for its last product, whose result no gradient needs; `pieces`: the
   output layer is, as it is read in pieces.
   """
-  useful = 3 * forward(config, rows, width, read=read, extra=extra).useful
-  down = 2.0 * rows * width * config.num_layers * config.hidden_size * config.intermediate_size
-  again = layers(config, rows * width, width) - down if remat else 0.0
+  tokens = rows * width
+  useful = 3 * forward(config, rows, width, read=read, extra=extra + 2 * adapters).useful
+  if frozen:
+    useful -= layers(config, tokens, 0) + (logits(config, rows * (width - 1)) if read else 0.0)
+  down = 2.0 * tokens * config.num_layers * config.hidden_size * config.intermediate_size
+  again = layers(config, tokens, width) + 2 * adapters * tokens - down if remat else 0.0
   again += logits(config, rows * (width - 1)) if read and pieces else 0.0
   return Flops(useful + again, useful)
 
 
-def decoding(config: ModelConfig, rows: int, new: int, columns: int) -> Flops:
+def decoding(
+  config: ModelConfig, rows: int, new: int, columns: int, *, extra: float = 0.0
+) -> Flops:
   """`new` tokens for each of `rows`, one at a time, over a cache of `columns`."""
-  total = new * (layers(config, rows, columns) + logits(config, rows))
+  total = new * (layers(config, rows, columns) + logits(config, rows) + extra * rows)
   return Flops(total, total)

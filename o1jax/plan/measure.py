@@ -13,7 +13,7 @@ import jax
 from o1jax.plan.chips import Topology
 from o1jax.plan.flops import Flops
 from o1jax.plan.hlo import Program
-from o1jax.plan.steps import Step
+from o1jax.plan.step import Step
 
 # JaxRuntimeError of a compiler that knows the memory: "... Used 21.3G of 15.75G hbm", and others.
 _EXHAUSTED = 'RESOURCE_EXHAUSTED'
@@ -50,6 +50,7 @@ class Estimate:
   width: int
   peak_bytes: int | None  # None: the compiler gave up without a figure
   there_bytes: int
+  beside_bytes: int  # of parameters that the run holds beside the step's arguments
   fits: bool
   flops: Flops  # of one call, over all devices
   sent_bytes: float | None = None  # to other devices, by collectives
@@ -62,10 +63,14 @@ class Estimate:
   key: str = ''  # the setting that says how many rows
 
 
-def estimate(step: Step, topology: Topology, dtype: str, rows: int = 0) -> Estimate:
-  """Compiles the step for `rows` rows (default: the run's)."""
-  rows, there = rows or step.rows, topology.memory
-  plain = Estimate(step.name, rows, step.width, None, there, False, step.flops(rows), key=step.key)
+def estimate(
+  step: Step, topology: Topology, dtype: str, rows: int = 0, beside: int = 0
+) -> Estimate:
+  """Compiles the step for `rows` rows (default: the run's), with `beside` bytes held beside it."""
+  rows = rows or step.rows
+  sizes = {'peak_bytes': None, 'there_bytes': topology.memory, 'beside_bytes': beside}
+  plain = Estimate(step.name, rows, step.width, fits=False, flops=step.flops(rows), **sizes)
+  plain = dataclasses.replace(plain, key=step.key)
   started = time.monotonic()
   try:
     compiled = step.lower(rows).compile()
@@ -89,7 +94,7 @@ def estimate(step: Step, topology: Topology, dtype: str, rows: int = 0) -> Estim
   return dataclasses.replace(
     plain,
     peak_bytes=peak,
-    fits=peak <= there,
+    fits=peak + beside <= topology.memory,
     sent_bytes=program.sent,
     traffic_bytes=traffic,
     argument_bytes=memory.argument_size_in_bytes,
@@ -100,13 +105,17 @@ def estimate(step: Step, topology: Topology, dtype: str, rows: int = 0) -> Estim
 
 
 def largest_rows(
-  step: Step, topology: Topology, dtype: str, say: Callable[[str], None] = lambda text: None
+  step: Step,
+  topology: Topology,
+  dtype: str,
+  beside: int = 0,
+  say: Callable[[str], None] = lambda text: None,
 ) -> int:
   """The most rows that fit, fewer than the run's, by bisection; 0 if not even the fewest do."""
   low, high = 0, step.rows // step.unit
   while high - low > 1:
     middle = (low + high) // 2
-    found = estimate(step, topology, dtype, middle * step.unit)
+    found = estimate(step, topology, dtype, middle * step.unit, beside)
     verdict = 'fits' if found.fits else 'does not fit'
     say(f'{step.name}: {middle * step.unit} rows: {verdict} ({found.compile_s:.0f} s to compile)')
     low, high = (middle, high) if found.fits else (low, middle)

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 
 from o1jax.config import Config, ConfigError, closest
-from o1jax.models import hf
+from o1jax.models import hf, lora
 from o1jax.models.transformer import Model
 from o1jax.parallel.mesh import make_mesh
 from o1jax.plan import chips, counts, measure, steps
+from o1jax.plan.arguments import Arguments, device_bytes
 from o1jax.plan.chips import GIB, Topology
 from o1jax.plan.measure import Estimate
 from o1jax.run.progress import Progress
@@ -87,13 +88,14 @@ def make(
     if isinstance(error, ConfigError):
       raise
     raise ConfigError('plan', [str(error)]) from None
-  found = _chosen(found, wanted)
+  found, given = _chosen(found, wanted), Arguments(config, model, mesh)
   estimates = []
   for step in found:
     progress.say(f'{step.name}: compiling for {topology.name}')
-    got = measure.estimate(step, topology, model.config.dtype)
+    beside = beside_bytes(given, step.name)
+    got = measure.estimate(step, topology, model.config.dtype, beside=beside)
     if search and not got.fits:
-      most = measure.largest_rows(step, topology, model.config.dtype, progress.say)
+      most = measure.largest_rows(step, topology, model.config.dtype, beside, progress.say)
       got = dataclasses.replace(got, largest_rows=most)
     estimates.append(got)
     jax.clear_caches()  # programs of large models take memory that the next one needs
@@ -112,7 +114,22 @@ def model_of(config: Config, model_config: str | None = None) -> Model:
   if model_config and path.suffix != '.json':
     raise ValueError(f'--model-config={model_config!r}: expected a Hub config.json')
   model = hf.read_model(path, dtype=config.model.dtype)
-  return dataclasses.replace(model, remat=config.model.remat)
+  return dataclasses.replace(model, remat=config.model.remat, attention=config.model.attention)
+
+
+def beside_bytes(given: Arguments, step: str) -> int:
+  """Bytes of a device that parameters take which are no arguments of the step."""
+
+  def own(role: str) -> int:
+    tree = given.params(role)
+    shared = lora.is_adapted(tree)  # its base is there once, and an argument of every step
+    return device_bytes(lora.partition(tree)[0] if shared else tree)
+
+  sets = counts.kept(given.config, step)
+  sizes = {role: own(role) for role in ('tcg', 'policy', 'prm')}
+  sizes |= {'base': 0 if given.config.lora.used else device_bytes(given.base())}
+  sizes |= {'moments': own('rl')}
+  return sum(n * sizes[role] for role, n in sets.items())
 
 
 def _chosen(found: list[steps.Step], wanted: Sequence[str] | None) -> list[steps.Step]:
@@ -176,7 +193,7 @@ def show(plan: Plan) -> None:
       'compiled for virtual CPU devices: collectives are those of the same layout; peak memory is '
       "by the CPU's compiler, memory traffic no less than arguments and results once a call"
     )
-  columns = ('step', 'rows x tokens', 'peak GiB', 'of GiB', 'fits', 'TFLOP', 'sent MiB')
+  columns = ('step', 'rows x tokens', 'peak GiB', 'beside', 'of GiB', 'fits', 'TFLOP', 'sent MiB')
   columns += ('compute ms', 'memory ms', 'network ms', 'step ms', 'bound', 'MFU', 'calls')
   progress.table(
     'One call of each step, a device', columns, [_row(plan, e) for e in plan.estimates]
@@ -199,7 +216,16 @@ def _row(plan: Plan, found: Estimate) -> list[Any]:
   sent = None if found.sent_bytes is None else found.sent_bytes / 2**20
   shape = f'{found.rows} x {found.width}'
   fits = 'yes' if found.fits else 'NO'
-  row = [found.step, shape, peak, found.there_bytes / GIB, fits, found.flops.computed / 1e12, sent]
+  row = [
+    found.step,
+    shape,
+    peak,
+    found.beside_bytes / GIB,
+    found.there_bytes / GIB,
+    fits,
+    found.flops.computed / 1e12,
+    sent,
+  ]
   return [*row, *times, line and line.bound, mfu, plan.calls[found.step]]
 
 

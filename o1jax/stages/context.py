@@ -80,14 +80,7 @@ class Run:
 
     A PRM's is new and lies above the policy's; the others go on with the one that is there.
     """
-    section = getattr(self.config.lora, role)
-    if not section.rank:
-      return lora.merged(params) if role == 'prm' and lora.is_adapted(params) else params
-    if role != 'prm' and lora.is_adapted(params):
-      return params
-    spec = lora.Spec(section.rank, section.alpha, section.modules)
-    key = jax.random.fold_in(jax.random.key(self.config.run.seed), stable_id(role))
-    return lora.adapt(params, spec, key)
+    return adapted(self.config, params, role)
 
   def save(self, stage: str, name: str, params: Any) -> None:
     """Keeps what a stage trained; of a tree with adapters these alone."""
@@ -159,6 +152,18 @@ class Run:
     """Writes `summary.json` into the run's folder, in one move; process 0 does."""
     if distributed.is_first():
       files.write_json(self.bench.store.dir / 'summary.json', summary)
+
+
+def adapted(config: Config, params: Any, role: str) -> Any:
+  """See `Run.adapted`."""
+  section = getattr(config.lora, role)
+  if not section.rank:
+    return lora.merged(params) if role == 'prm' and lora.is_adapted(params) else params
+  if role != 'prm' and lora.is_adapted(params):
+    return params
+  spec = lora.Spec(section.rank, section.alpha, section.modules)
+  key = jax.random.fold_in(jax.random.key(config.run.seed), stable_id(role))
+  return lora.adapt(params, spec, key)
 
 
 @contextmanager

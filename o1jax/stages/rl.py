@@ -99,7 +99,7 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, known, chunks):
   state = init_state(trained, tx)
   update, imitate = (
     functools.partial(_over, make_update(over_frozen(loss), tx), frozen)
-    for loss in (loss_fn, _imitation(run.model))
+    for loss in (loss_fn, imitation(run.model))
   )
   label, last, tokens, broken = f'{name}/policy', {}, 0, 0
   with deferred() as stop, bench.store.checkpoints(name, 'policy') as saves:
@@ -285,7 +285,7 @@ def _rollout_batch(
   return rollout_batch(config, rollouts, alpha, values=values, **args)
 
 
-def _imitation(model: Any):
+def imitation(model: Model) -> LossFn:
   """SFT on the policy within what the configured loss trains."""
   loss = sft_loss(model)
   return lambda params, batch: loss(_policy_of(params), batch)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from o1jax import rewards, search
+from o1jax.config import SearchConfig
 from o1jax.data import steps as steps_lib
 from o1jax.data import stepwise, trees
 from o1jax.data.prefix_tree import by_problem
@@ -29,12 +30,10 @@ from o1jax.stages.evaluate import answer, name_ids, sampler, step_ids
 from o1jax.types import Problem, Step, Trajectory, Verdict
 
 CHUNK = 100  # problems searched between two saves
-MAX_STEP = 24  # tokens of one step of a guided descent, its program excepted
 
 
-def drawing(run: Run) -> Drawing:
+def drawing(config: SearchConfig) -> Drawing:
   """How search samples steps."""
-  config = run.config.search
   return Drawing(
     config.temperature, config.top_k or None, None if config.top_p == 1 else config.top_p
   )
@@ -224,7 +223,7 @@ def _search(run: Run, with_prm: bool) -> Search:
   simulations = math.ceil(config.simulations / config.children)
   rules = {'guided': search.uct, 'uct': search.uct, 'puct': search.puct}
   return Search(
-    sampler(run, drawing(run), config.rows),
+    sampler(run, drawing(run.config.search), config.rows),
     step_ids(run),
     width=config.children,
     simulations=simulations,
@@ -246,7 +245,7 @@ def guided(run: Run, children: int, pick_temperature: float = 0.0) -> Guided:
   return Guided(
     run.model,
     step_ids(run),
-    how=drawing(run),
+    how=drawing(run.config.search),
     children=children,
     max_step=run.config.search.max_step_tokens,
     max_program=run.config.data.max_path_tokens,
