@@ -162,8 +162,8 @@ def test_a_training_stage_repeats_no_large_array(tmp_path, monkeypatch, shape):
   def spying(*args, **kwargs):
     update = make_update(*args, **kwargs, donate=False)
 
-    def spy(state, batch):
-      after, scalars = update(state, batch)
+    def spy(state, batch, *consts):
+      after, scalars = update(state, batch, *consts)
       seen.append((state, batch, after))
       return after, scalars
 
