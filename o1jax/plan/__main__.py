@@ -1,7 +1,7 @@
 """What a run takes on devices that are not there: memory, communication, time, cost.
 
     python -m o1jax.plan --config FILE --topology v5e:4x4 [section.key=value ...]
-        [--model-config FILE] [--steps a,b] [--price USD] [--efficiency E] [--json]
+        [--model-config FILE] [--steps a,b] [--price USD] [--efficiency E] [--dump DIR] [--json]
 
 Every jitted step of the run is compiled for the topology, without the hardware. TPUs (v5e, v5p,
 v6e) take libtpu (`pip install 'o1jax[tpu-plan]'`). `h100` and `cpu` are compiled for as many
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       search=not options.no_search,
       efficiency=options.efficiency,
       price=options.price,
+      dump=options.dump,
     )
   except ConfigError as error:
     print(error, file=sys.stderr)
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     metavar='E',
     help='share of the roofline that is reached, for hours and cost; default 1: a lower bound',
   )
+  add('--dump', metavar='DIR', help='keep the text of the compiled programs (HLO) there')
   add('--json', action='store_true', help='print JSON in place of tables')
   return parser
 

@@ -89,16 +89,15 @@ class Arguments:
   def state(self, role: str, tx: optax.GradientTransformation) -> tuple[TrainState, Any]:
     """A train state of what a role trains, and what stays frozen beside it."""
     trained, frozen = lora.partition(self.params(role))
+    whole, like = replicated(self.mesh), jax.tree.structure(trained)
+
+    def laid_out(node):  # moments lie as their parameters do, counters whole
+      if jax.tree.structure(node) != like:
+        return at(node, whole)
+      return jax.tree.map(lambda x, y: at(x, y.sharding), node, trained)
+
     moments = jax.eval_shape(tx.init, trained)
-    whole = replicated(self.mesh)
-    # Moments lie as their parameters do, counters whole.
-    moments = optax.tree_utils.tree_map_params(
-      tx,
-      lambda x, like: at(x, like.sharding),
-      moments,
-      trained,
-      transform_non_params=lambda x: at(x, whole),
-    )
+    moments = jax.tree.map(laid_out, moments, is_leaf=lambda x: jax.tree.structure(x) == like)
     count = at(jax.ShapeDtypeStruct((), jnp.int32), whole)
     return TrainState(trained, moments, count, count), frozen
 

@@ -64,9 +64,23 @@ class Estimate:
 
 
 def estimate(
-  step: Step, topology: Topology, dtype: str, rows: int = 0, beside: int = 0
+  step: Step,
+  topology: Topology,
+  dtype: str,
+  rows: int = 0,
+  beside: int = 0,
+  keep: Callable[[str], None] = lambda text: None,
 ) -> Estimate:
-  """Compiles the step for `rows` rows (default: the run's), with `beside` bytes held beside it."""
+  """Compiles a step and reads what came out.
+
+  Args:
+    step: of the run.
+    topology: to compile for.
+    dtype: of the model, which the peak of the products depends on.
+    rows: as many; 0 for the run's.
+    beside: bytes of a device that the run holds beside the step.
+    keep: is handed the compiled program's text.
+  """
   rows = rows or step.rows
   sizes = {'peak_bytes': None, 'there_bytes': topology.memory, 'beside_bytes': beside}
   plain = Estimate(step.name, rows, step.width, fits=False, flops=step.flops(rows), **sizes)
@@ -80,10 +94,9 @@ def estimate(
     seconds = time.monotonic() - started
     return dataclasses.replace(plain, peak_bytes=_used(str(error)), compile_s=seconds)
   seconds = time.monotonic() - started
-  memory, program = (
-    compiled.memory_analysis(),
-    Program(compiled.as_text(), unknown_trips=step.trips),
-  )
+  memory, text = compiled.memory_analysis(), compiled.as_text()
+  keep(text)
+  program = Program(text, unknown_trips=step.trips)
   peak = peak_bytes(memory, topology.chip.platform)
   traffic = program.traffic
   if topology.chip.platform == 'cpu':

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -64,6 +65,7 @@ def make(
   search: bool = True,
   efficiency: float = 1.0,
   price: float | None = None,
+  dump: str | None = None,
 ) -> Plan:
   """Compiles the steps of a run and adds them up.
 
@@ -75,6 +77,7 @@ def make(
     search: look for the most rows of a step that does not fit.
     efficiency: share of the roofline that hours and cost suppose.
     price: dollars for a chip and hour.
+    dump: a folder for the compiled programs' text (HLO), a file a step.
 
   Raises:
     ConfigError: a model, mesh, batch or step that cannot be, or no compiler for the topology.
@@ -93,7 +96,8 @@ def make(
   for step in found:
     progress.say(f'{step.name}: compiling for {topology.name}')
     beside = beside_bytes(given, step.name)
-    got = measure.estimate(step, topology, model.config.dtype, beside=beside)
+    keep = functools.partial(_write, dump, step.name)
+    got = measure.estimate(step, topology, model.config.dtype, beside=beside, keep=keep)
     if search and not got.fits:
       most = measure.largest_rows(step, topology, model.config.dtype, beside, progress.say)
       got = dataclasses.replace(got, largest_rows=most)
@@ -130,6 +134,13 @@ def beside_bytes(given: Arguments, step: str) -> int:
   sizes |= {'base': 0 if given.config.lora.used else device_bytes(given.base())}
   sizes |= {'moments': own('rl')}
   return sum(n * sizes[role] for role, n in sets.items())
+
+
+def _write(folder: str | None, step: str, text: str) -> None:
+  if folder is not None:
+    path = pathlib.Path(folder, f'{step.replace("/", "_")}.hlo.txt')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def _chosen(found: list[steps.Step], wanted: Sequence[str] | None) -> list[steps.Step]:
