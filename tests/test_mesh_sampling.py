@@ -45,7 +45,7 @@ def everything(prm):
   """What is drawn, as plain values, and the log-probs and scores beside it."""
   few = dataclasses.replace(SAMPLER, rows=6)  # so that others wait for their places
   search = Search(few, STEPS, width=2, simulations=2, max_depth=3)
-  forest = search(prm['trunk'], PROMPTS * 3, judge, seed=2)
+  forest = search(prm['trunk'], PROMPTS * 2, judge, seed=2)
   drawn = SAMPLER(prm['trunk'], PROMPTS, seed=3, samples=3)
   rule = Guided(MODEL, STEPS, children=3, max_step=8, max_program=8, max_depth=2, rows=20)
   descents = rule(prm['trunk'], PrmScorer(MODEL, prm, rows=20), PROMPTS, seed=1).descents
