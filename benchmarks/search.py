@@ -58,7 +58,7 @@ class Case:
     self.steps = StepIds(ids.step_end_id, ids.action_ids[2], ids.eos_id)
     self.problems = load_split('embedded', 'train', problems, seed=0)
     self.prompts = [self.encoder.prompt(p) for p in self.problems]
-    self.pool, self.executor = pool, Executor(pool)
+    self.pool, self.judged = pool, 0
     self.prm = {'trunk': self.params, 'head': StepHead.init(self.model.config)}
     self.sampler = Sampler(self.model, MAX_NEW, (ids.eos_id,), rows=ROWS)
     self.written = self._write_steps()
@@ -78,10 +78,11 @@ class Case:
 
   def forget_programs(self) -> None:
     """Programs run anew; how long the references take stays known."""
-    self.executor = Executor(self.pool)
+    self.executor, self.judged = Executor(self.pool), 0
     self.executor.judge(self.problems, [()] * len(self.problems))
 
   def judge(self, jobs) -> list[float]:
+    self.judged += len(jobs)
     paths = [self.encoder.steps_of(tokens) for _, tokens in jobs]
     problems = [self.problems[i % len(self.problems)] for i, _ in jobs]
     verdicts = self.executor.judge(problems, paths)
@@ -158,6 +159,7 @@ class Way:
     computed = new + forest.read_again if self.pool else reread.tokens + forest.generated
     return {
       'nodes': nodes,
+      'programs': case.judged,
       'seconds': round(seconds, 3),
       'nodes_per_s': round(nodes / seconds, 1),
       'new_tokens_per_s': round(forest.generated / seconds),
