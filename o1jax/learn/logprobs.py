@@ -6,6 +6,7 @@ pass: at V = 150k the logits of one batch would be larger than the model.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from o1jax.batch import TokenBatch
 from o1jax.losses import ppo
 from o1jax.models.transformer import Model
-from o1jax.parallel.sharding import ambient_ways, constrain
+from o1jax.parallel.sharding import ambient_ways, constrain, on_own_rows
 
 # When the caller does not say: logits alive at once on a device (64 MiB of float32), and into how
 # many pieces that may cut a row.
@@ -99,7 +100,7 @@ def columns_at_once(model: Model, rows: int, columns: int, ways: int) -> int:
   """How many of `columns` have their logits alive at once, of `rows` that lie on `ways` devices.
 
   As many as take 64 MiB of a device, and at least one in 8: each piece goes through the whole
-  output layer and adds to its gradient, so of narrow ones memory and network have all the work.
+  output layer and adds to its gradient, so of narrow ones memory has all the work.
   """
   fit = _LOGITS_AT_ONCE * ways // (rows * model.config.vocab_size)
   return max(fit, -(-columns // _MOST_PIECES))
@@ -131,22 +132,27 @@ def over_columns(
   rows, columns, _ = states.shape
   chunk = chunk or columns_at_once(model, rows, columns, ambient_ways())
 
-  def piece(states, targets):
-    return read(model.logits(params, states), targets)
-
   def aligned(x):
     return jnp.pad(x, ((0, 0), (1, 0)))
 
   if chunk >= columns:
-    return jax.tree.map(aligned, piece(states, targets))
+    return jax.tree.map(aligned, read(model.logits(params, states), targets))
+  in_pieces = functools.partial(_in_pieces, lambda k, s, t: read(model.read_out(k, s), t), chunk)
+  kernel = model.output_rows(params)
+  return jax.tree.map(aligned, on_own_rows(in_pieces, kernel, ('vocab', 'embed'), states, targets))
+
+
+def _in_pieces(read, chunk: int, kernel: jax.Array, states: jax.Array, targets: jax.Array) -> Any:
+  """`read(kernel, states [B, C, D], targets [B, C])` for all columns -> [B, columns] arrays."""
+  rows, columns = targets.shape
   pieces = -(-columns // chunk)
 
-  def cut(x):  # [B, columns, ...] -> [pieces, B, chunk, ...]; rows keep their devices
+  def cut(x):  # [B, columns, ...] -> [pieces, B, chunk, ...]
     x = jnp.pad(x, ((0, 0), (0, pieces * chunk - columns)) + ((0, 0),) * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(rows, pieces, chunk, *x.shape[2:]), 1, 0)
 
   def join(x):
-    return aligned(jnp.moveaxis(x, 0, 1).reshape(rows, pieces * chunk)[:, :columns])
+    return jnp.moveaxis(x, 0, 1).reshape(rows, pieces * chunk)[:, :columns]
 
-  parts = jax.lax.map(lambda x: jax.checkpoint(piece)(*x), (cut(states), cut(targets)))
-  return jax.tree.map(join, parts)
+  again = jax.checkpoint(lambda x: read(kernel, *x))
+  return jax.tree.map(join, jax.lax.map(again, (cut(states), cut(targets))))

@@ -198,7 +198,10 @@ class Model:
 
   def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
     """hidden [..., D] -> next-token logits [..., V] in float32."""
-    kernel = self.output_rows(params)
+    return self.read_out(self.output_rows(params), hidden)
+
+  def read_out(self, kernel: jax.Array, hidden: jax.Array) -> jax.Array:
+    """As `logits`, by the output layer itself, [V, D]."""
     rows = hidden.reshape(-1, hidden.shape[-1])
     return linear(rows, kernel.T, jnp.float32).reshape(*hidden.shape[:-1], -1)
 

@@ -7,6 +7,7 @@ the project names a mesh axis. XLA inserts the collectives.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -198,6 +199,42 @@ def constrain(tree: Any, names: tuple[str | None, ...]) -> Any:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*fits))
 
   return jax.tree.map(pin, tree)
+
+
+def on_own_rows(
+  function: Callable[..., Any], whole: jax.Array, names: tuple[str, ...], *rows: jax.Array
+) -> Any:
+  """Within jit: `function(whole, *rows)`, on each device of the ambient mesh with its own rows.
+
+  `whole` is gathered before and its gradient summed over the devices after `function`, once. Left
+  to itself the compiler does both in every turn of a loop within it.
+
+  Args:
+    function: of arrays as one device has them; what it returns has rows first.
+    whole: the same for all rows.
+    names: the logical axes of `whole`; over `tensor` it stays split.
+    rows: arrays with rows first. Where they do not divide, and without a mesh, nothing is split.
+  """
+  ways = ambient_ways()
+  if ways == 1 or any(len(x) % ways for x in rows):
+    return function(whole, *rows)
+  mesh, split = jax.sharding.get_abstract_mesh(), RULES['batch']
+  axes = [RULES[name] if RULES[name] in split else None for name in names]
+  pairs = zip(axes, whole.shape, strict=True)
+  axes = [axis if size % _ways(mesh, axis) == 0 else None for axis, size in pairs]
+
+  def local(whole, *rows):
+    for i, axis in enumerate(axes):
+      if axis is not None:
+        whole = jax.lax.all_gather(whole, axis, axis=i, tiled=True)
+    return function(whole, *rows)
+
+  by_rows = PartitionSpec(split)
+  specs = (PartitionSpec(*axes), *[by_rows] * len(rows))
+  mapped = jax.shard_map(
+    local, in_specs=specs, out_specs=by_rows, axis_names=set(split), check_vma=False
+  )
+  return mapped(whole, *rows)
 
 
 def _ways(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...] | None) -> int:
