@@ -19,6 +19,7 @@ from o1jax.config import SearchConfig
 from o1jax.data import steps as steps_lib
 from o1jax.data import stepwise, trees
 from o1jax.data.prefix_tree import by_problem
+from o1jax.parallel import distributed
 from o1jax.sampling.draw import SAMPLE, Drawing
 from o1jax.sampling.guided import Guided
 from o1jax.sampling.keys import stable_id
@@ -237,6 +238,7 @@ def _search(run: Run, with_prm: bool) -> Search:
     slots=(config.most_children or 4 * config.children) if config.widening else 0,
     mix=config.mix if with_prm else 0.0,
     pool_tokens=config.pool_tokens,
+    overlap=distributed.count() == 1,  # several processes judge together, in one order of calls
   )
 
 
