@@ -244,7 +244,7 @@ def test_gumbel_and_widened_searches_are_independent_of_their_batch():
   gumbel = dataclasses.replace(
     SEARCH, rule=gumbel_interior, root_rule=gumbel_root(SEARCH.simulations - 1)
   )
-  wide = dataclasses.replace(SEARCH, allowed=widening(1.0, 0.5), slots=4)
+  wide = dataclasses.replace(SEARCH, allowed=widening(1.0, 0.5), slots=40)
   for search in (gumbel, wide):
     together = search(tiny_params(), PROMPTS, judge, seed=2)
     alone = search(tiny_params(), [PROMPTS[2]], judge, seed=2, ids=np.array([2]))

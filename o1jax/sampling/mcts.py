@@ -155,7 +155,8 @@ class _Growing:
     self.judge, self.evaluate, self.score = judge, evaluate, score
     self.seed, self.ids = seed, ids[problems]
     self.batch = len(problems)
-    capacity, slots = 1 + search.width * search.simulations, max(search.slots, search.width)
+    capacity = 1 + search.width * search.simulations
+    slots = min(max(search.slots, search.width), capacity - 1)
     self.tree = empty_tree(self.batch, capacity, slots)
     self.masked = np.zeros((self.batch, capacity), bool)
     self.closed = np.zeros(self.tree.shape[:2], bool)
