@@ -237,7 +237,9 @@ def _misfit(found: Estimate) -> str:
   if found.largest_rows is None:
     return f'{text} ({found.key})'
   if not found.largest_rows:
-    return f'{text}, and not the fewest either; use more chips, model.remat, or shorter rows'
+    remedy = 'use more chips, model.remat or shorter rows'
+    remedy = 'lower search.pool_tokens' if found.step == 'expand' else remedy
+    return f'{text}, and not the fewest either; {remedy}'
   return f'{text}; the most that do are {found.largest_rows} ({found.key})'
 
 
