@@ -195,6 +195,33 @@ def test_traffic_counts_slices_as_slices_and_leaves_out_the_chip_s_own_memory():
   assert Program(text).traffic == 40960 + 4 + (4096 + 4096 + 4) + (4096 + 4)
 
 
+def test_traffic_sees_slices_within_fusions_of_a_fusion():
+  fused = """
+%taken (w: f32[10,8,128]) -> f32[8,128] {
+  %w = f32[10,8,128]{2,1,0} parameter(0)
+  %s = f32[1,8,128]{2,1,0} slice(%w), slice={[3:4], [0:8], [0:128]}
+  ROOT %b = f32[8,128]{1,0} bitcast(%s)
+}
+
+%outer (x: f32[8,128], w2: f32[10,8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0} parameter(0)
+  %w2 = f32[10,8,128]{2,1,0} parameter(1)
+  %layer = f32[8,128]{1,0} fusion(%w2), kind=kLoop, calls=%taken
+  ROOT %m = f32[8,128]{1,0} multiply(%x, %layer)
+}
+"""
+  text = (
+    HEAD
+    + fused
+    + entry(
+      '%z = s32[] constant(0)',
+      '%big = f32[10,8,128]{2,1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"',
+      'ROOT %one = f32[8,128]{1,0} fusion(%p, %big), kind=kOutput, calls=%outer',
+    )
+  )
+  assert Program(text).traffic == 40960 + 3 * 4096
+
+
 def test_a_sum_over_a_split_axis_is_one_all_reduce_of_the_product():
   mesh = make_mesh({'tensor': 8}, jax.devices()[:8])
   x = jax.ShapeDtypeStruct((64, 512), jnp.float32, sharding=NamedSharding(mesh, P(None, 'tensor')))

@@ -237,10 +237,22 @@ class Model:
       valid: [R, S] bool, the columns that hold a real token of the row, the new
         ones included. A column that is not valid is never attended to.
     """
+    x = self.embed(params, tokens)
+    return self.extend_from_embeddings(params, cache, x, positions, column, valid)
+
+  def extend_from_embeddings(
+    self,
+    params: Params,
+    cache: Cache,
+    x: jax.Array,
+    positions: jax.Array,
+    column: jax.Array,
+    valid: jax.Array,
+  ) -> tuple[jax.Array, Cache]:
+    """Like `extend`, from embeddings x [R, t, D]."""
     c = self.config
     rope = attention.rope_table(c, positions)
     masks = attention.cache_masks(c, positions, column, valid)
-    x = self.embed(params, tokens)
     grown = []
     layers = _unstack(params['layers'], c.num_layers)
     for weights, (keys, values), window in zip(layers, cache, c.windows, strict=True):

@@ -222,36 +222,57 @@ class Program:
     return sum(sizes) + sum(map(_slow, results))
 
   def _fusion_traffic(self, line: Instruction, lines: dict[str, Instruction]) -> float:
-    body = self._computations[_called(line)[0]]
-    root = next(x for x in body.values() if x.is_root)
-    roots = [body[o] for o in root.operands] if root.opcode == 'tuple' else [root]
-    total = 0.0
-    for shape, part in zip(line.results, roots, strict=False):
-      changed = part.opcode == 'dynamic-update-slice'
-      size = body[part.operands[1]].results[0].bytes if changed else shape.bytes
-      total += 0 if shape.fast else size
-    readers: dict[str, list[tuple[Instruction, int]]] = {}
-    for reader in body.values():
-      for at, operand in enumerate(reader.operands):
-        readers.setdefault(operand, []).append((reader, at))
-    for inner in (x for x in body.values() if x.opcode == 'parameter'):
-      outer = lines[line.operands[int(re.match(r'\d+', inner.attributes)[0])]]
-      full = sum(map(_slow, outer.results))
-      total += min(full, _read(inner.name, readers, full))
+    body = _called(line)[0]
+    written = self._written(body)
+    total = sum(
+      0 if shape.fast else size for shape, size in zip(line.results, written, strict=False)
+    )
+    for at, operand in enumerate(line.operands):
+      full = sum(map(_slow, lines[operand].results))
+      total += min(full, self._read(body, at, full)) if full else 0
     return total
 
+  def _written(self, fusion: str) -> list[float]:
+    """Bytes that a fusion writes of each of its results: of an array changed in a slice, that."""
+    body = self._computations[fusion]
+    root = next(x for x in body.values() if x.is_root)
+    sizes: list[float] = []
+    for part in [body[o] for o in root.operands] if root.opcode == 'tuple' else [root]:
+      if part.opcode == 'dynamic-update-slice':
+        sizes.append(body[part.operands[1]].results[0].bytes)
+      elif part.opcode == 'fusion':
+        sizes += self._written(_called(part)[0])
+      else:
+        sizes.append(sum(shape.bytes for shape in part.results))
+    return sizes
 
-def _read(name: str, readers, full: float) -> float:
-  """Bytes that a fusion reads of its parameter `name`, at most `full`."""
-  total = 0.0
-  for reader, at in readers.get(name, ()):
-    if reader.opcode in _SLICES and at == 0:
-      total += sum(shape.bytes for shape in reader.results)
-    elif reader.opcode == 'bitcast':
-      total += _read(reader.name, readers, full)
-    elif not (reader.opcode == 'dynamic-update-slice' and at == 0):
-      return full
-  return total
+  @functools.cache  # noqa: B019
+  def _uses(self, fusion: str) -> dict[str, list[tuple[Instruction, int]]]:
+    """Who reads each value of a fusion, and as which operand; parameters also by their number."""
+    uses: dict[str, list[tuple[Instruction, int]]] = {}
+    body = self._computations[fusion]
+    for reader in body.values():
+      for at, operand in enumerate(reader.operands):
+        uses.setdefault(operand, []).append((reader, at))
+    return uses | {
+      re.match(r'\d+', x.attributes)[0]: uses.get(x.name, [])
+      for x in body.values()
+      if x.opcode == 'parameter'
+    }
+
+  def _read(self, fusion: str, operand: int | str, full: float) -> float:
+    """Bytes that a fusion reads of an operand of `full` bytes; of a sliced one, the slices."""
+    total = 0.0
+    for reader, at in self._uses(fusion).get(str(operand), ()):
+      if reader.opcode in _SLICES and at == 0:
+        total += sum(shape.bytes for shape in reader.results)
+      elif reader.opcode == 'bitcast':
+        total += self._read(fusion, reader.name, full)
+      elif reader.opcode == 'fusion':
+        total += self._read(_called(reader)[0], at, full)
+      elif not (reader.opcode == 'dynamic-update-slice' and at == 0):
+        return full
+    return total
 
 
 def _parse(line: str) -> Instruction | None:

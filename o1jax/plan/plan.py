@@ -197,15 +197,16 @@ def show(plan: Plan) -> None:
   count = sum(x.size for x in jax.tree.leaves(plan.model.shapes()))
   mesh = ' '.join(f'{axis}={size}' for axis, size in plan.mesh.items())
   remat = ', layers recomputed' if plan.model.remat else ''
-  progress.say(f'{topology.name}, {topology.count} devices, mesh {mesh}')
+  there = f'{topology.memory / GIB:.2f} GiB each'
+  progress.say(f'{topology.name}, {topology.count} devices of {there}, mesh {mesh}')
   progress.say(f'{count:,} parameters in {plan.model.config.dtype}{remat}')
   if topology.chip.platform != 'tpu':
     progress.say(
       'compiled for virtual CPU devices: collectives are those of the same layout; peak memory is '
       "by the CPU's compiler, memory traffic no less than arguments and results once a call"
     )
-  columns = ('step', 'rows x tokens', 'peak GiB', 'beside', 'of GiB', 'fits', 'TFLOP', 'sent MiB')
-  columns += ('compute ms', 'memory ms', 'network ms', 'step ms', 'bound', 'MFU', 'calls')
+  columns = ('step', 'rows x tokens', 'peak GiB', 'beside', 'fits', 'TFLOP', 'sent MiB')
+  columns += ('compute ms', 'memory ms', 'network ms', 'bound', 'MFU', 'calls')
   progress.table(
     'One call of each step, a device', columns, [_row(plan, e) for e in plan.estimates]
   )
@@ -216,28 +217,19 @@ def show(plan: Plan) -> None:
 
 
 def _row(plan: Plan, found: Estimate) -> list[Any]:
-  line, chip = found.roofline, plan.topology.chip
-  peak = None if found.peak_bytes is None else found.peak_bytes / GIB
-  times = [None] * 4
-  mfu = None
-  if line is not None:
-    times = [1e3 * t for t in (line.compute, line.memory, line.interconnect, line.seconds)]
-    rate = chip.flops(plan.model.config.dtype) * plan.topology.count
-    mfu = found.flops.useful / line.seconds / rate
-  sent = None if found.sent_bytes is None else found.sent_bytes / 2**20
-  shape = f'{found.rows} x {found.width}'
+  line, devices = found.roofline, plan.topology.count
+  sizes = [None if n is None else n / GIB for n in (found.peak_bytes, found.beside_bytes)]
   fits = 'yes' if found.fits else 'NO'
-  row = [
-    found.step,
-    shape,
-    peak,
-    found.beside_bytes / GIB,
-    found.there_bytes / GIB,
-    fits,
-    found.flops.computed / 1e12,
-    sent,
-  ]
-  return [*row, *times, line and line.bound, mfu, plan.calls[found.step]]
+  sent = None if found.sent_bytes is None else found.sent_bytes / 2**20
+  work = [found.flops.computed / 1e12, sent]
+  times, mfu = [None] * 3, None
+  if line is not None:
+    times = [1e3 * t for t in (line.compute, line.memory, line.interconnect)]
+    rate = plan.topology.chip.flops(plan.model.config.dtype) * devices
+    mfu = found.flops.useful / line.seconds / rate
+  row = [found.step, f'{found.rows} x {found.width}', *sizes, fits, *work, *times]
+  row += [line and line.bound, mfu, plan.calls[found.step]]
+  return [round(x) if isinstance(x, float) and x >= 100 else x for x in row]
 
 
 def _misfit(found: Estimate) -> str:
@@ -245,7 +237,9 @@ def _misfit(found: Estimate) -> str:
   if found.largest_rows is None:
     return f'{text} ({found.key})'
   if not found.largest_rows:
-    return f'{text}, and not the fewest either; use more chips, model.remat, or shorter rows'
+    remedy = 'use more chips, model.remat or shorter rows'
+    remedy = 'lower search.pool_tokens' if found.step == 'expand' else remedy
+    return f'{text}, and not the fewest either; {remedy}'
   return f'{text}; the most that do are {found.largest_rows} ({found.key})'
 
 

@@ -104,7 +104,8 @@ def _expand(given: Arguments) -> Step:
     pool = dataclasses.replace(pool, keys=keys, values=values, hidden=hidden)
     return kv_pool.gather.lower(model, pool, given.rows(n, width), given.rows(n), new=CHUNK)
 
-  return step(given, 'expand', 'search.rows', rows, width, lower, lambda n: Flops(0.0, 0.0))
+  key = 'search.rows, search.pool_tokens'
+  return step(given, 'expand', key, rows, width, lower, lambda n: Flops(0.0, 0.0))
 
 
 def _score(given: Arguments) -> Step:

@@ -52,6 +52,18 @@ def laid_out(state: DecodeState) -> DecodeState:
   )
 
 
+def read_tokens(
+  model: Model, params: Params, cache: Cache, tokens: jax.Array, *where: jax.Array
+) -> tuple[jax.Array, Cache]:
+  """Within jit: `Model.extend` with each row on the devices of the ambient mesh that hold it.
+
+  Left to itself the compiler lays the states out by width, as the embedding is, and sums every
+  product over all devices.
+  """
+  x = constrain(model.embed(params, tokens), ('batch', None, None))
+  return model.extend_from_embeddings(params, cache, x, *where)
+
+
 @functools.partial(jax.jit, static_argnames=('model', 'columns'))
 def prefill(
   model: Model, params: Params, tokens: jax.Array, lengths: jax.Array, *, columns: int = 0
@@ -75,7 +87,8 @@ def prefill(
   source = jnp.arange(width)[None] - (width - lengths[:, None])  # negative on the padding
   valid = source >= 0
   aligned = jnp.take_along_axis(tokens, jnp.maximum(source, 0), axis=1)
-  hidden, cache = model.extend(
+  hidden, cache = read_tokens(
+    model,
     params,
     model.empty_cache(tokens.shape[0], width),
     aligned,
@@ -141,8 +154,8 @@ def extend(
   counts = mask.sum(-1, dtype=jnp.int32)
   offsets = jnp.minimum(jnp.arange(width)[None], jnp.maximum(counts - 1, 0)[:, None])
   valid = jax.lax.dynamic_update_slice(state.valid, mask, (0, state.column))
-  hidden, cache = model.extend(
-    params, state.cache, tokens, state.position[:, None] + offsets, state.column, valid
+  hidden, cache = read_tokens(
+    model, params, state.cache, tokens, state.position[:, None] + offsets, state.column, valid
   )
   last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
   state = DecodeState(

@@ -14,7 +14,7 @@ import numpy as np
 
 from o1jax.models.transformer import Model, Params
 from o1jax.parallel.sharding import constrain
-from o1jax.sampling.cache import DecodeState, laid_out
+from o1jax.sampling.cache import DecodeState, laid_out, read_tokens
 from o1jax.sampling.draw import SAMPLE, Drawing, draw
 
 
@@ -104,8 +104,8 @@ def _next_token(model, params, stop_ids, how, mark_ids, rows: Continuation) -> C
   token, logprob = draw(model.logits(params, state.hidden), uniform, how)
   token = jnp.where(live, token, 0)
   valid = jax.lax.dynamic_update_slice(state.valid, live[:, None], (0, state.column))
-  hidden, cache = model.extend(
-    params, state.cache, token[:, None], state.position[:, None], state.column, valid
+  hidden, cache = read_tokens(
+    model, params, state.cache, token[:, None], state.position[:, None], state.column, valid
   )
   state = laid_out(
     DecodeState(

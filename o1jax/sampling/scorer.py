@@ -17,7 +17,7 @@ import numpy as np
 from o1jax.models.heads import states_before, step_head_of
 from o1jax.models.transformer import Model, Params
 from o1jax.parallel.distributed import fetch
-from o1jax.parallel.sharding import ambient_ways
+from o1jax.parallel.sharding import ambient_ways, on_own_rows
 from o1jax.sampling.cache import DecodeState, extend, gather_rows, grow, prefill
 from o1jax.sampling.sampler import COLUMN_MULTIPLE, length_batches, round_up
 
@@ -92,13 +92,17 @@ def score_steps(model: Model, params, before, hidden, tokens, mask) -> jax.Array
 def _logprobs(model: Model, trunk: Params, before: jax.Array, tokens: jax.Array) -> jax.Array:
   """Log-prob of each token [R, t] in the state before it [R, t, D], a column of logits at once."""
 
-  def column(inputs):
-    states, targets = inputs
-    logits = model.logits(trunk, states)
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+  def columns(kernel, before, tokens):
+    def column(inputs):
+      states, targets = inputs
+      logits = model.read_out(kernel, states)
+      chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+      return chosen - jax.nn.logsumexp(logits, axis=-1)
 
-  return jax.lax.map(column, (jnp.moveaxis(before, 1, 0), tokens.T)).T
+    return jax.lax.map(column, (jnp.moveaxis(before, 1, 0), tokens.T)).T
+
+  kernel = model.output_rows(trunk)
+  return on_own_rows(columns, kernel, ('vocab', 'embed'), before, jnp.asarray(tokens))
 
 
 def with_room(model: Model, state: DecodeState, new: int) -> DecodeState:
