@@ -59,6 +59,16 @@ def main(
   return 0
 
 
+def answer(work: Callable[[], str]) -> int:
+  """Prints what a one-off command returns; bad input is a line on stderr and exit code 2."""
+  try:
+    print(work())
+  except (ValueError, OSError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  return 0
+
+
 def _leave(code: int, error: Exception | None = None) -> None:
   from o1jax.parallel import distributed
 

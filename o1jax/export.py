@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 
+from o1jax import cli
 from o1jax import config as config_lib
 from o1jax.config import closest
 from o1jax.models import hf, lora, peft_folder, prm_folder
@@ -235,14 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--adapter', action='store_true', help='the adapter alone, for peft')
   parser.add_argument('--force', action='store_true', help='replace an earlier export')
   args = parser.parse_args(argv)
-  try:
-    options = ('dtype', 'base', 'adapter', 'force')
-    chosen = {name: getattr(args, name) for name in options}
-    print(export(args.run, args.out, args.stage, **chosen))
-  except (ValueError, OSError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  return 0
+  chosen = {name: getattr(args, name) for name in ('dtype', 'base', 'adapter', 'force')}
+  return cli.answer(lambda: export(args.run, args.out, args.stage, **chosen))
 
 
 if __name__ == '__main__':

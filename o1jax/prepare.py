@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import jax
 
+from o1jax import cli
 from o1jax.data.tokens import add_tags
 from o1jax.models import hf
 from o1jax.models.vocabulary import with_tokens
@@ -54,12 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('model', metavar='MODEL', help="folder in the Hub's layout")
   parser.add_argument('--out', required=True, metavar='DIR', help='folder to make')
   args = parser.parse_args(argv)
-  try:
-    print(prepare(args.model, args.out))
-  except (ValueError, OSError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  return 0
+  return cli.answer(lambda: prepare(args.model, args.out))
 
 
 if __name__ == '__main__':

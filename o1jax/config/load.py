@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
-from o1jax.config.sections import FREE_KEYS, Config, Section
+from o1jax.config.base import Section
+from o1jax.config.sections import FREE_KEYS, Config
 
 SectionT = TypeVar('SectionT', bound=Section)
 

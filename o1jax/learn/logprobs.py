@@ -43,7 +43,7 @@ def states(
 
   Left to itself the compiler takes the layout of the embedding, D over `fsdp`, for the states too:
   every device then works on all rows, and every product of every layer is summed over the devices.
-  With rows kept apart it is the parameters that travel (docs/scale.md has the bytes).
+  With rows kept apart it is the parameters that travel.
   """
   x = constrain(model.embed(params, tokens), ('batch', None, None))
   return model.hidden_from_embeddings(params, x, positions, segments)

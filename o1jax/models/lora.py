@@ -28,17 +28,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from o1jax import config
 from o1jax.models.nf4 import Nf4, dequantise, quantise
 
 # Our projection -> (the Hub's name of it, number of input axes).
 PROJECTIONS = {
-  'q': ('q_proj', 1),
-  'k': ('k_proj', 1),
-  'v': ('v_proj', 1),
-  'o': ('o_proj', 2),
-  'gate': ('gate_proj', 1),
-  'up': ('up_proj', 1),
-  'down': ('down_proj', 1),
+  name.removesuffix('_proj'): (name, 2 if name == 'o_proj' else 1) for name in config.PROJECTIONS
 }
 
 

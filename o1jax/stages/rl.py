@@ -178,9 +178,9 @@ def loss_of(model: Model, config: RlConfig) -> LossFn:
 def _start(run: Run, policy: Any) -> Any:
   """What that loss trains, as it is before the first update."""
   start = place(run.bench, run.model, policy)
-  return (
-    {'policy': start, 'critic': _critic(run, policy)} if run.config.rl.algorithm == 'ppo' else start
-  )
+  if run.config.rl.algorithm != 'ppo':
+    return start
+  return {'policy': start, 'critic': _critic(run, policy)}
 
 
 def _critic(run: Run, policy: Any) -> Any:
