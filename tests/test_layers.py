@@ -12,7 +12,8 @@ ROOT = pathlib.Path(__file__).parent.parent / 'o1jax'
 # Rooms by layer, from the ground up. What stands in none of them is an entry point: on top.
 LAYERS = (
   ('types', 'batch', 'config'),
-  ('models', 'parallel', 'losses', 'rewards', 'search'),
+  ('parallel', 'losses', 'rewards', 'search'),
+  ('models',),
   ('learn', 'sampling', 'data', 'sandbox', 'run'),
   ('stages',),
   ('plan',),

@@ -3,7 +3,8 @@
 - `xla`: `attention.attend`, everywhere; its scores [B, N, T, T] are in memory.
 - `cudnn`: cuDNN's flash attention on NVIDIA GPUs; the mask is there as a bias [B, 1, T, T].
 - `splash`: Pallas splash attention on TPUs, segments and window given to the kernel, no mask at
-  all. Elsewhere than on a TPU it is interpreted, which is slow and for tests.
+  all; over a mesh each device runs it for its own rows and key heads. Elsewhere than on a TPU it is
+  interpreted, which is slow and for tests.
 
 All agree with `xla` where `segments` is not 0, gradients too: to 1e-4 in float32, in bfloat16 to
 2 % of the largest entry. A window counts positions, which the kernel of `splash` takes to be
@@ -20,6 +21,8 @@ import jax.numpy as jnp
 
 from o1jax.models import attention
 from o1jax.models.config import ModelConfig
+from o1jax.models.platform import target
+from o1jax.parallel.sharding import on_own_parts
 
 BACKENDS = ('auto', 'xla', 'cudnn', 'splash')
 _LANES = 128  # columns of a TPU block, and the width that its kernels are made for
@@ -31,30 +34,23 @@ _CUDNN_WIDTH = 128  # largest head that every GPU with flash attention takes
 Attend = Callable[[jax.Array, jax.Array, jax.Array, bool | jax.Array], jax.Array]
 
 
-def choose(
-  wanted: str, config: ModelConfig, columns: int, platform: str | None = None, devices: int = 0
-) -> str:
+def choose(wanted: str, config: ModelConfig, columns: int, platform: str | None = None) -> str:
   """The backend for rows of `columns` tokens: what is `wanted`, or for 'auto' the fastest.
 
   Args:
     wanted: one of `BACKENDS`.
     config: of the model.
     columns: T.
-    platform: 'cpu', 'gpu' or 'tpu'; default is JAX's own.
-    devices: of the run; default is all that JAX sees. Splash attention is one device's program, and
-      'auto' takes it for one only.
+    platform: 'cpu', 'gpu' or 'tpu'; default is `target()`.
 
   Raises:
     ValueError: what is wanted cannot run here; says why.
   """
-  platform, devices = platform or jax.default_backend(), devices or jax.device_count()
+  platform = platform or target()
   if wanted not in BACKENDS:
     raise ValueError(f'attention={wanted!r} is none of {", ".join(BACKENDS)}')
-  reasons = {'xla': '', 'cudnn': _no_cudnn(config, platform), 'splash': ''}
-  if platform == 'gpu':
-    reasons['splash'] = 'it is for TPUs'
-  elif platform == 'tpu' and devices > 1:
-    reasons['splash'] = f'it is not split over {devices} devices'
+  no_splash = 'it is for TPUs' if platform == 'gpu' else ''
+  reasons = {'xla': '', 'cudnn': _no_cudnn(config, platform), 'splash': no_splash}
   if wanted != 'auto':
     if reasons[wanted]:
       raise ValueError(f'attention={wanted}: {reasons[wanted]}; use auto or xla')
@@ -62,7 +58,7 @@ def choose(
   if platform == 'gpu' and not reasons['cudnn']:
     return 'cudnn'
   fits = config.head_dim % _LANES == 0 and columns >= _LANES
-  return 'splash' if platform == 'tpu' and fits and not reasons['splash'] else 'xla'
+  return 'splash' if platform == 'tpu' and fits else 'xla'
 
 
 def attend(backend: str, config: ModelConfig, positions: jax.Array, segments: jax.Array) -> Attend:
@@ -115,16 +111,23 @@ def _splash(
   whole = -(-columns // _LANES) * _LANES
   segments = _padded(segments, whole)
   q, k, v = (_padded(x, whole) for x in (q, k, v))
-  causal = functools.partial(_kernel_over_rows, None)
+  causal = functools.partial(_kernel_over_mesh, None)
   if config.sliding_window is None:
     out = causal(q, k, v, segments)
   else:
-    near = functools.partial(_kernel_over_rows, config.sliding_window)
+    near = functools.partial(_kernel_over_mesh, config.sliding_window)
     if isinstance(sliding, bool):
       out = (near if sliding else causal)(q, k, v, segments)
     else:
       out = jax.lax.cond(sliding, near, causal, q, k, v, segments)
   return out[:, :columns]
+
+
+def _kernel_over_mesh(window: int | None, *arrays: jax.Array) -> jax.Array:
+  """`_kernel_over_rows` of q, k, v and segments, each device with its own rows and key heads."""
+  q, k = ('batch', None, 'heads'), ('batch', None, 'kv_heads')
+  kernel = functools.partial(_kernel_over_rows, window)
+  return on_own_parts(kernel, arrays, (q, k, k, ('batch', None)), q)
 
 
 def _kernel_over_rows(
@@ -146,7 +149,7 @@ def _kernel_over_rows(
     kernel = splash.make_splash_mqa_single_device(
       splash.MultiHeadMask([mask] * group),
       block_sizes=blocks,
-      interpret=jax.default_backend() != 'tpu',
+      interpret=target() != 'tpu',
     )
   q = (q * width**-0.5).reshape(rows, columns, -1, group, width).transpose(0, 2, 3, 1, 4)
   k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))  # [B, K, T, H]

@@ -237,6 +237,42 @@ def on_own_rows(
   return mapped(whole, *rows)
 
 
+def on_own_parts(
+  function: Callable[..., jax.Array],
+  arrays: tuple[jax.Array, ...],
+  names: tuple[tuple[str | None, ...], ...],
+  out: tuple[str | None, ...],
+) -> jax.Array:
+  """Within jit: `function(*arrays)` on each device with its parts, where XLA cannot split a kernel.
+
+  Args:
+    function: of arrays as one device has them; axes of the same name are split alike.
+    arrays: the whole ones.
+    names: the logical names of each array's first axes.
+    out: those of the result. A mesh axis is used where every axis of `names` that goes over it
+      divides; otherwise, and without an ambient mesh, that axis is whole on every device.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return function(*arrays)
+  sizes = [
+    (RULES[name], size)
+    for array, axes in zip(arrays, names, strict=True)
+    for name, size in zip(axes, array.shape, strict=False)
+    if name is not None
+  ]
+  whole = {axis for axis, size in sizes if size % _ways(mesh, axis)}
+
+  def spec(axes):
+    rules = [None if name is None else RULES[name] for name in axes]
+    return PartitionSpec(*[None if rule in whole else rule for rule in rules])
+
+  mapped = jax.shard_map(
+    function, in_specs=tuple(spec(axes) for axes in names), out_specs=spec(out), check_vma=False
+  )
+  return mapped(*arrays)
+
+
 def _ways(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...] | None) -> int:
   axes = (axis,) if isinstance(axis, str) else axis or ()
   return math.prod(mesh.shape[name] for name in axes)
