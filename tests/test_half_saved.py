@@ -35,7 +35,9 @@ class Pool:
 
 @pytest.fixture
 def run(tmp_path):
-  config = Config.model_validate({'run': {'dir': str(tmp_path / 'run'), 'checkpoint_every_s': 0.0}})
+  config = Config.model_validate(
+    {'run': {'dir': str(tmp_path / 'run'), 'checkpoint_every_s': 1e-6}}
+  )
   said = []
   progress = types.SimpleNamespace(say=said.append)
   with Store(config) as store:

@@ -191,7 +191,7 @@ def test_two_processes_end_with_the_summary_of_one(tmp_path):
 
 
 # The whole loop with a save after every step, for kills.
-OFTEN = SMALL.replace('checkpoint_every_s: 1000', 'checkpoint_every_s: 0')
+OFTEN = SMALL.replace('checkpoint_every_s: 1000', 'checkpoint_every_s: 0.001')
 
 
 def under_way(folder):

@@ -81,10 +81,10 @@ def _restore(part: Any, saved: Saved) -> None:
     known[step] = len(known)
   tokens = _ragged('rollout', saved)
   ends = np.cumsum([len(t) for t in tokens])
-  logprobs = np.split(saved['logprobs'], ends[:-1])
+  logprobs = np.split(saved['logprobs'], ends[:-1])[: len(tokens)]
   values = saved['rollout_value'].tolist()
-  for at, own, each, value in zip(saved['rollout_at'].tolist(), tokens, logprobs, values):
-    simulation, b, leaf, node = at
+  rows = zip(saved['rollout_at'].tolist(), tokens, logprobs, values, strict=True)
+  for (simulation, b, leaf, node), own, each, value in rows:
     path = part.nodes[b][leaf]
     prefix = sum(path[1:], ())
     told = tuple(each.tolist())

@@ -1,4 +1,4 @@
-"""The search of one chunk of problems on disk while it grows, so that a kill costs seconds of it."""
+"""The search of a chunk of problems on disk while it grows: a kill costs seconds of it."""
 
 from __future__ import annotations
 
