@@ -93,7 +93,7 @@ def test_damage_is_passed_over_with_a_word(run, caplog, how):
     saves = half(run, stop)
     saves.boundary(lambda: dict(STATE))
     data = bytearray(saves.path.read_bytes())
-    middle = data.index(b'verdicts.npy') + 20
+    middle = data.index(b'verdicts.npy') + 60  # behind the entry's header, in its data
     data[middle] ^= 0xFF
     broken = {'cut': data[: len(data) // 2], 'flipped': data, 'empty': b''}[how]
     saves.path.write_bytes(bytes(broken))
