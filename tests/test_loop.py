@@ -228,9 +228,13 @@ def finished(folder, config, **more):
   return summary_of(folder)
 
 
-def killed_at(process, folder, target, delay_s, in_save):
-  """Kills it at `target` events and a moment, or at the next save after them; where it stood."""
-  while process.poll() is None and events(folder) < target:
+def killed_at(process, folder, target, delay_s, in_save, stage=None):
+  """Kills it at `target` events and a moment, or at the next save after them; where it stood.
+
+  With `stage` not before that one is under way.
+  """
+  early = lambda: events(folder) < target or stage not in (None, under_way(folder)[0])  # noqa: E731
+  while process.poll() is None and early():
     with contextlib.suppress(subprocess.TimeoutExpired):
       process.wait(0.05)
   while in_save and process.poll() is None and not under_way(folder)[1]:
@@ -251,11 +255,14 @@ def test_killed_at_thirty_moments_it_ends_with_the_same_summary(tmp_path):
   want = finished(whole, config)
   rng = random.Random(0)
   # Of the stages' events, in order: each kill is at or behind the one before.
-  targets = sorted(rng.uniform(0, 0.9 * events(whole)) for _ in range(30))
+  targets = [(rng.uniform(0, 0.9 * events(whole)), None) for _ in range(27)]
+  targets += [(5.5, 'round0/synthesis')] * 3  # which has no events of its own while it grows
   stood = []
-  for i, target in enumerate(targets):
+  for i, (target, stage) in enumerate(sorted(targets, key=lambda pair: pair[0])):
     process = going(folder, config)
-    stood.append(killed_at(process, folder, target, rng.uniform(0, 4), in_save=i % 6 == 3))
+    in_save = stage is None and i % 6 == 3
+    delay_s = rng.uniform(0, 1)
+    stood.append(killed_at(process, folder, target, delay_s, in_save, stage))
     print(i, round(target, 1), *stood[-1], flush=True)
   assert not (folder / 'summary.json').exists()
   assert {name for name, _ in stood} >= {'tcg', 'round0/synthesis', 'round0/prm', 'round0/rl'}
