@@ -260,7 +260,7 @@ def test_killed_at_thirty_moments_it_ends_with_the_same_summary(tmp_path):
   stood = []
   for i, (target, stage) in enumerate(sorted(targets, key=lambda pair: pair[0])):
     process = going(folder, config)
-    in_save = stage is None and i % 6 == 3
+    in_save = stage is None and i % 6 == 3 and i < 20  # the reports at the end save nothing
     delay_s = rng.uniform(0, 1)
     stood.append(killed_at(process, folder, target, delay_s, in_save, stage))
     print(i, round(target, 1), *stood[-1], flush=True)
