@@ -188,3 +188,99 @@ def test_two_processes_end_with_the_summary_of_one(tmp_path):
   assert len(chunks) == 2  # of synthesis and of RL: every roll-out, its values and its verdict
   for chunk in chunks:
     assert (tmp_path / '2' / chunk.relative_to(tmp_path / '1')).read_text() == chunk.read_text()
+
+
+# The whole loop with a save after every step, for kills.
+OFTEN = SMALL.replace('checkpoint_every_s: 1000', 'checkpoint_every_s: 0.001')
+
+
+def under_way(folder):
+  """The stage that was begun last and is not done; whether a save of it is half written."""
+  begun = [p for p, _, _ in os.walk(folder / 'stages')]
+  open_ = [p for p in map(pathlib.Path, begun) if not (p / 'done.json').exists()]
+  names = {p.relative_to(folder / 'stages').as_posix().partition('/checkpoints')[0] for p in open_}
+  saving = any('orbax-checkpoint-tmp' in p.name for p in open_)
+  stages = [n for n in names if n in STAGES]
+  return max(stages, key=STAGES.index, default='start'), saving
+
+
+STAGES = ('tcg', 'tcg_tests', 'round0/synthesis', 'round0/policy_sft', 'round0/prm', 'round0/rl')
+STAGES += ('expert_iteration/rl',)
+
+
+def going(folder, config, *extra, devices=1):
+  """The run as a process under way; its stderr goes to a file beside the folder."""
+  flags = f'--xla_force_host_platform_device_count={devices}'
+  cache = str(folder.parent / 'compiled')
+  env = PLAIN['env'] | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, 'PYTHONPATH': str(ROOT)}
+  env |= {'JAX_COMPILATION_CACHE_DIR': cache, 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2'}
+  command = [sys.executable, '-m', 'o1jax.train', '--config', str(config), f'run.dir={folder}']
+  with folder.with_suffix('.log').open('a') as told:
+    return subprocess.Popen(
+      [*command, *extra, f'mesh.data={devices}'], stdout=told, stderr=told, cwd=ROOT, env=env
+    )
+
+
+def finished(folder, config, **more):
+  assert going(folder, config, **more).wait(1500) == 0, folder.with_suffix('.log').read_text()[
+    -3000:
+  ]
+  return summary_of(folder)
+
+
+def killed_at(process, folder, target, delay_s, in_save, stage=None):
+  """Kills it at `target` events and a moment, or at the next save after them; where it stood.
+
+  With `stage` not before that one is under way.
+  """
+  early = lambda: events(folder) < target or stage not in (None, under_way(folder)[0])  # noqa: E731
+  while process.poll() is None and early():
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      process.wait(0.05)
+  while in_save and process.poll() is None and not under_way(folder)[1]:
+    pass
+  if not in_save:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      process.wait(delay_s)
+  process.kill()
+  assert process.wait() == -signal.SIGKILL, folder.with_suffix('.log').read_text()[-3000:]
+  return under_way(folder)
+
+
+@pytest.mark.slow
+def test_killed_at_thirty_moments_it_ends_with_the_same_summary(tmp_path):
+  config = tmp_path / 'often.yaml'
+  config.write_text(OFTEN)
+  whole, folder = tmp_path / 'whole', tmp_path / 'run'
+  want = finished(whole, config)
+  rng = random.Random(0)
+  # Of the stages' events, in order: each kill is at or behind the one before.
+  targets = [(rng.uniform(0, 0.9 * events(whole)), None) for _ in range(27)]
+  targets += [(5.5, 'round0/synthesis')] * 3  # which has no events of its own while it grows
+  stood = []
+  for i, (target, stage) in enumerate(sorted(targets, key=lambda pair: pair[0])):
+    process = going(folder, config)
+    in_save = stage is None and i % 6 == 3 and i < 20  # the reports at the end save nothing
+    delay_s = rng.uniform(0, 1)
+    stood.append(killed_at(process, folder, target, delay_s, in_save, stage))
+    print(i, round(target, 1), *stood[-1], flush=True)
+  assert not (folder / 'summary.json').exists()
+  assert {name for name, _ in stood} >= {'tcg', 'round0/synthesis', 'round0/prm', 'round0/rl'}
+  assert any(saving for _, saving in stood)
+  assert finished(folder, config) == want
+
+
+@pytest.mark.slow
+def test_with_other_devices_in_the_middle_it_ends_with_the_same_summary(tmp_path):
+  config = tmp_path / 'often.yaml'
+  config.write_text(OFTEN)
+  whole, folder = tmp_path / 'whole', tmp_path / 'run'
+  want = finished(whole, config)
+  for share, devices in ((0.35, 1), (0.7, 2)):
+    process = going(folder, config, devices=devices)
+    killed_at(process, folder, share * events(whole), 0.5, in_save=False)
+  got = finished(folder, config)
+  for key in RESULTS:
+    for mine, theirs in zip(got[key], want[key], strict=True):
+      # A sum over two devices rounds otherwise than over one.
+      assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4), key

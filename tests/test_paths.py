@@ -1,6 +1,7 @@
 """The pool of keys and values against full forwards, and searches through it against others."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 import threading
@@ -238,6 +239,44 @@ def test_tree_scores_are_those_of_the_descent():
       np.testing.assert_allclose(tree([p[: depth + 1] for p in deep]), want, atol=1e-4)
     state = scorer.advance(state, [p[depth] for p in deep])
   assert many.paths.read_again == 0 < small.paths.read_again
+
+
+class Killed(Exception):
+  pass
+
+
+@pytest.mark.parametrize('stop_after', [1, 4, 7])
+@pytest.mark.parametrize('mix', [0.0, 1.0])
+def test_a_search_stopped_half_way_goes_on_to_the_same_forest(mix, stop_after):
+  search = dataclasses.replace(SEARCH, mix=mix, allowed=widening(1.0, 0.5), slots=8)
+  judged, kept, count = [], {}, 0
+
+  def noted(jobs):
+    judged.extend(jobs)
+    return judge(jobs)
+
+  def boundary(state):
+    nonlocal count
+    count += 1
+    if count == stop_after:
+      kept.update(state())
+      raise Killed
+
+  with_scores = functools.partial(search, tiny_params(), PROMPTS, score=tree_scores, seed=2)
+  whole = with_scores(evaluate=judge)
+  with pytest.raises(Killed):
+    with_scores(evaluate=noted, boundary=boundary)
+  before = list(judged)
+  assert before or mix  # process rewards alone judge no roll-outs at first
+  on = with_scores(evaluate=noted, saved=kept)
+  assert_same_forest(on, whole)
+  assert [dataclasses.replace(r, logprobs=()) for r in on.rollouts if not np.isnan(r.value)] == [
+    dataclasses.replace(r, logprobs=()) for r in whole.rollouts if not np.isnan(r.value)
+  ]
+  np.testing.assert_array_equal(on.masked, whole.masked)
+  np.testing.assert_array_equal(on.tree.visits, whole.tree.visits)
+  assert on.generated == whole.generated
+  assert len(judged) == len(set(judged))  # no program twice
 
 
 def test_gumbel_and_widened_searches_are_independent_of_their_batch():

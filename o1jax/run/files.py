@@ -8,12 +8,15 @@ append cuts it off.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 from o1jax.parallel import distributed
 
@@ -29,11 +32,16 @@ def dumps(value: Any, indent: int | None = None) -> str:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
+  """Replaces `path` by UTF-8 in one move, making its folder first where there is none."""
+  write_bytes(path, text.encode('utf-8'))
+
+
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
   """Replaces `path` in one move, making its folder first where there is none."""
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{path.name}.tmp')
-  with temporary.open('w', encoding='utf-8') as file:
-    file.write(text)
+  with temporary.open('wb') as file:
+    file.write(data)
     file.flush()
     os.fsync(file.fileno())
   temporary.replace(path)
@@ -97,6 +105,19 @@ def read_jsonl(path: pathlib.Path) -> Iterator[Any]:
       except ValueError as error:
         raise ValueError(f'{path}, line {number} is damaged ({error}); remove the line') from None
       yield row
+
+
+def bytes_of(arrays: Mapping[str, np.ndarray]) -> bytes:
+  """Named arrays as a compressed `.npz`, with a checksum of each."""
+  buffer = io.BytesIO()
+  np.savez_compressed(buffer, **arrays)
+  return buffer.getvalue()
+
+
+def arrays_of(data: bytes) -> dict[str, np.ndarray]:
+  """The arrays of `bytes_of`; raises in many forms where bytes are missing or were changed."""
+  with np.load(io.BytesIO(data), allow_pickle=False) as file:
+    return dict(file)
 
 
 class Chunks:

@@ -84,7 +84,12 @@ class Store:
     """Marks a stage as done with its result, then frees its (closed) checkpoints' space."""
     if distributed.is_first():
       files.write_json(self.path(stage, 'done.json'), result)
-      shutil.rmtree(self.path(stage, 'checkpoints'), ignore_errors=True)
+      self.drop_checkpoints(stage)
+
+  def drop_checkpoints(self, stage: str) -> None:
+    """Frees the space of the stage's (closed) checkpoints; what they led to is written."""
+    if distributed.is_first():
+      shutil.rmtree(self.dir / 'stages' / stage / 'checkpoints', ignore_errors=True)
 
   def forget(self, stage: str) -> None:
     """Removes everything of a stage, so that it runs again from the start."""

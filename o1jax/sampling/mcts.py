@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from o1jax.models.transformer import Params
+from o1jax.sampling import half_grown
 from o1jax.sampling.forest import Forest, Rollout
 from o1jax.sampling.guided import StepIds
 from o1jax.sampling.paged import continue_paths, widest
@@ -44,6 +45,8 @@ from o1jax.search import (
 Evaluate = Callable[[Sequence[tuple[int, tuple[int, ...]]]], Sequence[float]]
 # (problem index, *steps of the path) -> process rewards in [0, 1] of the last steps.
 Score = Callable[[Sequence[Path]], Sequence[float]]
+# A function that waits for the judge and gives the state of the search, to be called or not.
+Boundary = Callable[[Callable[[], half_grown.Saved]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +99,8 @@ class Search:
     score: Score | None = None,
     seed: int = 0,
     ids: np.ndarray | None = None,
+    saved: half_grown.Saved | None = None,
+    boundary: Boundary = lambda state: None,
   ) -> Forest:
     """Searches the trees of all prompts.
 
@@ -106,6 +111,8 @@ class Search:
       score: process rewards in [0, 1] of paths that end in a new node, for `puct` and `mix`.
       seed: with `ids` it decides every draw.
       ids: [prompts] or [prompts, P] ints that name the problems; None for 0, 1, 2, ...
+      saved: what `boundary` was given by this search when it was stopped: it goes on from there.
+      boundary: called whenever a part of the forest has been continued.
 
     Raises:
       ValueError: the keys and values do not fit into memory, see `check_memory`; or `mix` without
@@ -119,14 +126,23 @@ class Search:
     paths = self.paths_for(params, prompts)
     middle = (len(prompts) + 1) // 2 if self.overlap else len(prompts)
     parts = [np.arange(middle), np.arange(middle, len(prompts))]
+    if saved is not None:  # by as many processes as there were then
+      parts = half_grown.problems_of(saved)
     settings = (evaluate, score, seed, ids)
     with concurrent.futures.ThreadPoolExecutor(1) as judge:
       growing = [_Growing(self, paths, part, judge, *settings) for part in parts if len(part)]
+      if saved is not None:
+        half_grown.restore(growing, paths, saved)
       for simulation in range(self.simulations):
         progress = simulation / max(1, self.simulations - 1)
         for part in growing:  # whose programs ran while the other part was continued
+          if simulation < part.simulations:
+            continue
           part.settle()
           part.grow(simulation, self.c * self.schedule(progress))
+          if not self.overlap:
+            part.settle()
+          boundary(lambda: half_grown.packed(growing, paths))
       for part in growing:
         part.settle()
     return _joined(growing, paths)
@@ -166,11 +182,13 @@ class _Growing:
     self.drawn: collections.Counter[Path] = collections.Counter()  # steps drawn after it
     self.returns: dict[tuple[int, tuple[int, ...]], float] = {}
     self.waiting: Callable[[], None] | None = None
+    self.simulations = 0  # that have been grown
     self.generated = self.computed = 0
     self.waited_s = self.tree_s = 0.0
 
   def grow(self, simulation: int, c: float) -> None:
     """Continues a leaf in every tree that is not exhausted, and hands the programs to the judge."""
+    self.simulations = simulation + 1
     started = time.perf_counter()
     search = self.search
     leaf = np.asarray(
@@ -198,7 +216,7 @@ class _Growing:
     rollouts = [
       dataclasses.replace(r, node=int(node)) for r, node in zip(rollouts, nodes, strict=True)
     ]
-    whole = [(r.problem, r.path) for r in rollouts if self._whole(r)]
+    whole = [(r.problem, r.path) for r in rollouts if self.whole(r)]
     fresh = [job for job in dict.fromkeys(whole) if job not in self.returns]
     jobs = [(int(self.problems[b]), path) for b, path in fresh]
     verdicts = self.judge.submit(self.evaluate, jobs) if jobs else None
@@ -220,10 +238,10 @@ class _Growing:
       for r in rollouts
     ]
     for r in rollouts:
-      if r.node != UNVISITED and self._whole(r) and math.isnan(r.value):
+      if r.node != UNVISITED and self.whole(r) and math.isnan(r.value):
         self.masked[r.problem, r.node] = True
     if self.search.mix == 1:
-      self.rollouts += [(simulation, r) for r in rollouts if self._whole(r)]
+      self.rollouts += [(simulation, r) for r in rollouts if self.whole(r)]
     else:
       self.rollouts += [(simulation, r) for r in rollouts]
     width = self.search.width
@@ -248,7 +266,7 @@ class _Growing:
       return math.nan if tree.cut[rollout.problem, rollout.node] else score
     return (1 - mix) * rollout.value + mix * score
 
-  def _whole(self, rollout: Rollout) -> bool:
+  def whole(self, rollout: Rollout) -> bool:
     """Whether it came to the end: there is something to judge."""
     steps = self.search.steps
     if self.search.mix == 1:

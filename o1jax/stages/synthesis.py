@@ -20,6 +20,7 @@ from o1jax.data import steps as steps_lib
 from o1jax.data import stepwise, trees
 from o1jax.data.prefix_tree import by_problem
 from o1jax.parallel import distributed
+from o1jax.run.stop import deferred
 from o1jax.sampling.draw import SAMPLE, Drawing
 from o1jax.sampling.guided import Guided
 from o1jax.sampling.keys import stable_id
@@ -28,6 +29,7 @@ from o1jax.sampling.scorer import PrmScorer
 from o1jax.sampling.tree_scorer import TreeScorer
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import answer, name_ids, sampler, step_ids
+from o1jax.stages.half_saved import HalfSaved
 from o1jax.types import Problem, Step, Trajectory, Verdict
 
 CHUNK = 100  # problems searched between two saves
@@ -104,6 +106,7 @@ def synthesize(
         by_id = {p.id: steps_lib.prompt_of(p.statement) for p in part}
         rows = [stepwise.to_row(t, by_id[t.problem_id]) for t in found]
         chunks.write(index, [r | {'share_tokens': generated / len(rows)} for r in rows])
+        run.bench.store.drop_checkpoints(name)  # of the chunk's search, which is over
         bar.update(index + 1)
     before = {t.problem_id for t in known if t.accepted}
     return _summary(run, round_, policy, chunks, prm, before)
@@ -205,7 +208,18 @@ def _trees(run: Run, policy: Any, prm: Any | None, name: str) -> Find:
       nodes = len(part) * (1 + mcts.width * mcts.simulations)
       tokens = config.pool_tokens or sum(map(len, prompts)) + nodes * config.max_step_tokens
       score = TreeScorer(run.model, prm, prompts, mcts.steps, tokens=tokens, nodes=nodes)
-    forest = mcts(policy, prompts, evaluate, score=score, seed=seed, ids=name_ids(part))
+    with deferred() as stop:
+      half = HalfSaved(run, name, part, seed, stop)
+      forest = mcts(
+        policy,
+        prompts,
+        evaluate,
+        score=score,
+        seed=seed,
+        ids=name_ids(part),
+        saved=half.read(),
+        boundary=half.boundary,
+      )
     if config.keep_trees:
       folder.mkdir(parents=True, exist_ok=True)
       for b, problem in enumerate(part):
