@@ -142,17 +142,19 @@ def test_a_scanned_model_takes_the_window_by_layer():
 def test_the_choice_is_by_platform_and_shape():
   wide = dataclasses.replace(CONFIG, head_dim=128, dtype='bfloat16')
   cases = [
-    (CONFIG, 512, 'cpu', 'xla'),
-    (wide, 512, 'gpu', 'cudnn'),
-    (dataclasses.replace(wide, dtype='float32'), 512, 'gpu', 'xla'),
-    (dataclasses.replace(wide, head_dim=256), 512, 'gpu', 'xla'),
-    (wide, 512, 'tpu', 'splash'),
-    (wide, 96, 'tpu', 'xla'),
-    (CONFIG, 512, 'tpu', 'xla'),
+    (CONFIG, 512, 'cpu', 1, 'xla'),
+    (wide, 512, 'gpu', 8, 'cudnn'),
+    (dataclasses.replace(wide, dtype='float32'), 512, 'gpu', 1, 'xla'),
+    (dataclasses.replace(wide, head_dim=256), 512, 'gpu', 1, 'xla'),
+    (wide, 512, 'tpu', 1, 'splash'),
+    (wide, 96, 'tpu', 1, 'xla'),
+    (CONFIG, 512, 'tpu', 1, 'xla'),
+    (wide, 512, 'tpu', 4, 'xla'),
   ]
-  for config, columns, platform, expected in cases:
-    assert backends.choose('auto', config, columns, platform) == expected
-    assert backends.choose('xla', config, columns, platform) == 'xla'
+  for config, columns, platform, devices, expected in cases:
+    assert backends.choose('auto', config, columns, platform, devices) == expected
+    assert backends.choose('xla', config, columns, platform, devices) == 'xla'
+  assert backends.choose('splash', wide, 512, 'tpu', 4) == 'splash'
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from o1jax.models.config import ModelConfig
-from o1jax.models.platform import target
 
 # Finite, so that a row that sees nothing (padding) is uniform and not NaN.
 MASKED = -1e30
@@ -137,7 +136,7 @@ def attend_cached(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Ar
   q [R, t, N, H], keys [R, K, H, S], values [R, K, S, H], mask [R, t, S] -> [R, t, N, H].
   """
   one_token = q.shape[1] == 1 and keys.shape[1] == 1 < q.shape[2]
-  multiply = one_token and target() == 'cpu'
+  multiply = one_token and jax.default_backend() == 'cpu'
   return (_attend_one if multiply else _attend)(q, keys, values, mask)
 
 

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 
 from o1jax.models import attention
 from o1jax.models.config import ModelConfig
-from o1jax.models.platform import target
 from o1jax.parallel.sharding import on_own_parts
 
 BACKENDS = ('auto', 'xla', 'cudnn', 'splash')
@@ -34,19 +33,23 @@ _CUDNN_WIDTH = 128  # largest head that every GPU with flash attention takes
 Attend = Callable[[jax.Array, jax.Array, jax.Array, bool | jax.Array], jax.Array]
 
 
-def choose(wanted: str, config: ModelConfig, columns: int, platform: str | None = None) -> str:
+def choose(
+  wanted: str, config: ModelConfig, columns: int, platform: str | None = None, devices: int = 0
+) -> str:
   """The backend for rows of `columns` tokens: what is `wanted`, or for 'auto' the fastest.
 
   Args:
     wanted: one of `BACKENDS`.
     config: of the model.
     columns: T.
-    platform: 'cpu', 'gpu' or 'tpu'; default is `target()`.
+    platform: 'cpu', 'gpu' or 'tpu'; default is JAX's own.
+    devices: of the run; default is all that JAX sees. 'auto' takes splash attention on one only: over
+      a mesh it has not been tried on hardware.
 
   Raises:
     ValueError: what is wanted cannot run here; says why.
   """
-  platform = platform or target()
+  platform, devices = platform or jax.default_backend(), devices or jax.device_count()
   if wanted not in BACKENDS:
     raise ValueError(f'attention={wanted!r} is none of {", ".join(BACKENDS)}')
   no_splash = 'it is for TPUs' if platform == 'gpu' else ''
@@ -58,7 +61,7 @@ def choose(wanted: str, config: ModelConfig, columns: int, platform: str | None 
   if platform == 'gpu' and not reasons['cudnn']:
     return 'cudnn'
   fits = config.head_dim % _LANES == 0 and columns >= _LANES
-  return 'splash' if platform == 'tpu' and fits else 'xla'
+  return 'splash' if platform == 'tpu' and fits and devices == 1 else 'xla'
 
 
 def attend(backend: str, config: ModelConfig, positions: jax.Array, segments: jax.Array) -> Attend:
@@ -149,7 +152,7 @@ def _kernel_over_rows(
     kernel = splash.make_splash_mqa_single_device(
       splash.MultiHeadMask([mask] * group),
       block_sizes=blocks,
-      interpret=target() != 'tpu',
+      interpret=jax.default_backend() != 'tpu',
     )
   q = (q * width**-0.5).reshape(rows, columns, -1, group, width).transpose(0, 2, 3, 1, 4)
   k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))  # [B, K, T, H]

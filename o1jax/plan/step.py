@@ -8,7 +8,6 @@ from collections.abc import Callable
 import jax
 
 from o1jax.models import lora
-from o1jax.models.platform import compiling_for
 from o1jax.plan.arguments import Arguments
 from o1jax.plan.flops import Flops
 
@@ -33,8 +32,7 @@ def step(
   """A `Step` traced within the run's mesh; `more` are its `unit`, times the ways, and `trips`."""
 
   def within(n: int) -> jax.stages.Lowered:
-    platform = given.mesh.devices.flat[0].platform
-    with jax.set_mesh(given.mesh), compiling_for(platform):
+    with jax.set_mesh(given.mesh):
       return lower(n)
 
   unit = given.ways * more.pop('unit', 1)
