@@ -43,8 +43,8 @@ def choose(
     config: of the model.
     columns: T.
     platform: 'cpu', 'gpu' or 'tpu'; default is JAX's own.
-    devices: of the run; default is all that JAX sees. 'auto' takes splash attention on one only: over
-      a mesh it has not been tried on hardware.
+    devices: of the run; default is all that JAX sees. 'auto' takes splash attention on one only:
+      over a mesh it has not been tried on hardware.
 
   Raises:
     ValueError: what is wanted cannot run here; says why.
