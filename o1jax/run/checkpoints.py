@@ -6,6 +6,7 @@ background; `restore` takes 0.05 s; importing Orbax takes 0.6 s, hence the impor
 
 from __future__ import annotations
 
+import json
 import logging
 import pathlib
 import shutil
@@ -68,6 +69,7 @@ class Checkpoints:
       return
     args = self._ocp.args
     document = {'meta': meta or {}, 'checksum': _checksum(state)}
+    document['meta_checksum'] = _text_checksum(document['meta'])
     items = args.Composite(state=args.StandardSave(state), meta=args.JsonSave(document))
     self._manager.save(step, args=items)
     self._saved_at = self._clock()
@@ -117,6 +119,8 @@ class Checkpoints:
     state, document = self._read(step, like)
     if document['checksum'] not in (None, _checksum(state)):
       raise ValueError('checksum differs')
+    if document['meta_checksum'] != _text_checksum(document['meta']):
+      raise ValueError('checksum of meta differs')
     return state, document['meta']
 
   def _refuse_other_shapes(self, step: int, like: Any) -> None:
@@ -207,6 +211,12 @@ def _checksum(tree: Any) -> int | None:
   for leaf in jax.device_get(leaves):
     crc = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8), crc)
   return crc
+
+
+def _text_checksum(meta: dict[str, Any]) -> int:
+  """CRC-32 over JSON as it reads back: tuples are lists in it, and keys are text."""
+  read = json.loads(json.dumps(meta))
+  return zlib.crc32(json.dumps(read, sort_keys=True).encode())
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
