@@ -18,7 +18,7 @@ from o1jax.models import lora
 from o1jax.models.transformer import Model
 from o1jax.parallel import distributed
 from o1jax.parallel.sharding import param_shardings, replicated, shard
-from o1jax.run import files, stop
+from o1jax.run import bucket, files, stop
 from o1jax.run.metrics import Metrics
 from o1jax.run.progress import Progress
 from o1jax.run.store import Store
@@ -143,7 +143,8 @@ class Run:
   def _seconds(self) -> dict[str, float]:
     folder = self.bench.store.dir / 'stages'
     found = {}
-    for marker in sorted(folder.rglob('done.json'), key=lambda path: path.stat().st_mtime):
+    markers = [path for path in bucket.files_below(folder) if path.name == 'done.json']
+    for marker in sorted(markers, key=bucket.modified):
       name = marker.parent.relative_to(folder).as_posix()
       found[name] = files.read_json(marker)['seconds']
     return found

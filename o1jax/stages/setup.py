@@ -59,9 +59,9 @@ def opened(config: Config, wanted: Sequence[str], force: bool = False) -> Iterat
     stop.noting(),
     _ambient(mesh),
     Store(config, force) as store,
-    Metrics(store.dir, config.metrics.tensorboard) as metrics,
+    Metrics(store.local, config.metrics.tensorboard) as metrics,
     distributed.together(lambda: _pool(config)) as pool,
-    _log_file(store.dir / 'run.log'),
+    _log_file(store.local / 'run.log'),
   ):
     bench = Workbench(store, metrics, Progress(), mesh, config.run.log_every)
     base = distributed.together(lambda: _base(config, mesh))

@@ -20,6 +20,7 @@ from o1jax.data import steps as steps_lib
 from o1jax.data import stepwise, trees
 from o1jax.data.prefix_tree import by_problem
 from o1jax.parallel import distributed
+from o1jax.run import files
 from o1jax.run.stop import deferred
 from o1jax.sampling.draw import SAMPLE, Drawing
 from o1jax.sampling.guided import Guided
@@ -221,10 +222,10 @@ def _trees(run: Run, policy: Any, prm: Any | None, name: str) -> Find:
         boundary=half.boundary,
       )
     if config.keep_trees:
-      folder.mkdir(parents=True, exist_ok=True)
       for b, problem in enumerate(part):
+        tree = trees.tree_of(forest, b, problem.id, prompts[b])
         file = folder / f'{stable_id(problem.id):08x}.npz'
-        trees.write(file, trees.tree_of(forest, b, problem.id, prompts[b]))
+        files.write_bytes(file, trees.to_bytes(tree))
     problems = [part[r.problem] for r in forest.rollouts]
     paths = [run.encoder.steps_of(r.path) for r in forest.rollouts]
     return problems, paths, forest.generated
