@@ -76,6 +76,15 @@ def test_two_processes_agree_and_share_rows_and_programs(stopped):
   assert sorted(found[0]['ran'] + found[1]['ran']) == sorted(ran)
 
 
+def test_two_processes_save_a_half_grown_search_and_both_go_on_from_it(stopped):
+  half = [f['half'] for f in stopped[1]]
+  assert half[0] == half[1]
+  writes, values, same, ran, said = half[0]
+  assert (writes, values) == (1, [1, 1])  # asked for at boundary 0, agreed on at boundary 1
+  assert same and ran == 0  # verdicts of either process's programs are known to both
+  assert said == ['round0/synthesis: the search goes on behind 2 roll-outs']
+
+
 def test_two_processes_draw_the_tokens_of_one(stopped):
   want = hosts_worker.sampled(make_mesh(hosts_worker.MESH))
   assert [f['tokens'] for f in stopped[1]] == [want, want]

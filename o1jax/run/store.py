@@ -83,10 +83,15 @@ class Store:
     """Brings the growing files into the bucket, if it is one; done before every save.
 
     Raises:
-      Held: another process has taken the folder over.
+      ConfigError: another process has taken the folder over.
     """
     if self._mirror is not None:
-      self._lock.check()
+      try:
+        self._lock.check()
+      except Held as error:
+        raise _refusal(
+          self.dir, f'{error}; what this run did since its last save is lost'
+        ) from None
       self._mirror.upload()
 
   def path(self, stage: str, name: str = '') -> bucket.Path:
