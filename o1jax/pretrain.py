@@ -76,7 +76,7 @@ def pretrain(config: PretrainConfig) -> None:
   out = pathlib.Path(config.out)
   with Store(config) as store, Metrics(store.local) as metrics:
     progress = Progress()
-    bench = Workbench(store, metrics, progress, make_mesh(config.mesh.model_dump()))
+    bench = Workbench(store, metrics, progress, make_mesh(config.mesh.axes))
     folder = store.local / 'stages/pretrain/tokenizer'
     build_tokenizer(folder)
     tokenizer = Tokenizer(folder)

@@ -23,6 +23,7 @@ from o1jax.run.metrics import Metrics
 from o1jax.run.progress import Progress
 from o1jax.run.store import Store
 from o1jax.sampling.keys import stable_id
+from o1jax.stages import layout
 from o1jax.stages.execute import Executor
 from o1jax.types import Problem
 
@@ -104,6 +105,20 @@ class Run:
     if not lora.is_adapted(params):
       return params
     return shard(params, param_shardings(mesh, self.model, params))
+
+  @contextmanager
+  def sampling(self, *trees: Any) -> Iterator[tuple[Any, ...]]:
+    """Parameters laid out for sampling, within the mesh that they lie over; see `layout`."""
+    mesh = self.bench.mesh
+    found = None
+    if mesh.size > 1:
+      memory = layout.device_memory() if self.config.mesh.sampling == 'auto' else 0
+      found = layout.sampling_mesh(self.config, self.model, mesh, trees, memory)
+    if found is None:
+      yield trees
+      return
+    with jax.set_mesh(found):
+      yield tuple(shard(tree, param_shardings(found, self.model, tree)) for tree in trees)
 
   def stage(self, name: str, text: str, body: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of stage `name`, from its marker or by running `body`.

@@ -204,15 +204,16 @@ def _trees(run: Run, policy: Any, prm: Any | None, name: str) -> Find:
       return [math.nan if v is None else v for v in values]
 
     prompts = [run.encoder.prompt(p) for p in part]
-    score = None
-    if prm is not None:
-      nodes = len(part) * (1 + mcts.width * mcts.simulations)
-      tokens = config.pool_tokens or sum(map(len, prompts)) + nodes * config.max_step_tokens
-      score = TreeScorer(run.model, prm, prompts, mcts.steps, tokens=tokens, nodes=nodes)
-    with deferred() as stop:
+    judges = () if prm is None else (prm,)
+    with run.sampling(policy, *judges) as (params, *judges), deferred() as stop:
+      score = None
+      for judge in judges:
+        nodes = len(part) * (1 + mcts.width * mcts.simulations)
+        tokens = config.pool_tokens or sum(map(len, prompts)) + nodes * config.max_step_tokens
+        score = TreeScorer(run.model, judge, prompts, mcts.steps, tokens=tokens, nodes=nodes)
       half = HalfSaved(run, name, part, seed, stop)
       forest = mcts(
-        policy,
+        params,
         prompts,
         evaluate,
         score=score,
@@ -277,14 +278,14 @@ def _guided(run: Run, policy: Any, prm: Any) -> Find:
   config = run.config.search
   # Log-odds of good and bad steps lie several apart: 0.5 explores near ties only.
   rule = guided(run, config.guided_children, pick_temperature=0.5)
-  scorer = PrmScorer(run.model, prm)
 
   def find(part: Sequence[Problem], seed: int):
     repeated = [p for p in part for _ in range(config.guided_descents)]
     attempts = np.tile(np.arange(config.guided_descents, dtype=np.uint32), len(part))
     ids = np.column_stack([name_ids(repeated), attempts])
     prompts = [run.encoder.prompt(p) for p in repeated]
-    descents = rule(policy, scorer, prompts, seed=seed, ids=ids)
+    with run.sampling(policy, prm) as (params, judge):
+      descents = rule(params, PrmScorer(run.model, judge), prompts, seed=seed, ids=ids)
     paths = [run.encoder.steps_of(d.tokens) for d in descents.descents]
     return repeated, paths, descents.generated
 
