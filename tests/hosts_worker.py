@@ -164,6 +164,15 @@ def die(arguments):
   distributed.gather(lambda: None)
 
 
+def hang(arguments):
+  """Process 1 is stopped, its connections stay open, and process 0 waits for it."""
+  join(arguments.config.distributed)
+  distributed.gather(lambda: np.arange(3).tolist())
+  if distributed.index() == 1:
+    os.kill(os.getpid(), signal.SIGSTOP)
+  distributed.gather(lambda: None)
+
+
 if __name__ == '__main__':
-  body = {'work': work, 'die': die}[sys.argv[1]]
+  body = {'work': work, 'die': die, 'hang': hang}[sys.argv[1]]
   sys.exit(cli.main(body, '', sys.argv[2:]))

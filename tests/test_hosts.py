@@ -43,8 +43,12 @@ def two(what, folder, *overrides):
     )
     for i in range(2)
   ]
+  told = []
   try:
-    told = [process.communicate(timeout=300)[1] for process in processes]
+    for process in processes:
+      told.append(process.communicate(timeout=300)[1])
+      if what == 'hang':
+        processes[1].kill()
   finally:
     for process in processes:
       process.kill()  # by then ended, save where the test is about to fail
@@ -111,6 +115,13 @@ def test_a_killed_process_ends_the_other(tmp_path):
   assert codes[1] == -signal.SIGKILL
   assert codes[0] not in (0, 143), told
   assert 'process 0 of 2 stops: ' in told[0] or 'task:1' in told[0], told[0]
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_other_after_the_heartbeats(tmp_path):
+  codes, told = two('hang', tmp_path / 'run', 'distributed.heartbeat_timeout_s=5')
+  assert codes[0] not in (0, 143), told
+  assert 'stopped sending heartbeats):\n1\n' in told[0], told[0]
 
 
 # finding the others
