@@ -74,10 +74,10 @@ def pretrain(config: PretrainConfig) -> None:
   from o1jax.stages.fit import fit
 
   out = pathlib.Path(config.out)
-  with Store(config) as store, Metrics(store.dir) as metrics:
+  with Store(config) as store, Metrics(store.local) as metrics:
     progress = Progress()
-    bench = Workbench(store, metrics, progress, make_mesh(config.mesh.model_dump()))
-    folder = store.path('pretrain', 'tokenizer')
+    bench = Workbench(store, metrics, progress, make_mesh(config.mesh.axes))
+    folder = store.local / 'stages/pretrain/tokenizer'
     build_tokenizer(folder)
     tokenizer = Tokenizer(folder)
     progress.stage('corpus', f'{config.documents} documents')

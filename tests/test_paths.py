@@ -297,7 +297,9 @@ def test_gumbel_and_widened_searches_are_independent_of_their_batch():
 
 def test_trees_come_back_from_their_files_and_replay_the_search(forest, tmp_path):
   for b, prompt in enumerate(PROMPTS):
-    trees.write(tmp_path / f'{b}.npz', trees.tree_of(forest, b, f'problem {b}', prompt))
+    (tmp_path / f'{b}.npz').write_bytes(
+      trees.to_bytes(trees.tree_of(forest, b, f'problem {b}', prompt))
+    )
   back = [trees.read(tmp_path / f'{b}.npz') for b in range(len(PROMPTS))]
   for b, tree in enumerate(back):
     assert tree.problem_id == f'problem {b}' and tree.prompt.tolist() == PROMPTS[b]

@@ -41,6 +41,12 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
   return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices)
 
 
+def tensor_mesh(mesh: Mesh, ways: int) -> Mesh:
+  """The same devices in the same order, `tensor` over `ways` neighbours, `data` over the rest."""
+  devices = mesh.devices.reshape(-1, 1, ways)
+  return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def meshes_that_fit(count: int, fits: Callable[[AbstractMesh], bool] = lambda mesh: True) -> str:
   """Up to three meshes over `count` devices, as text for an error.
 

@@ -85,7 +85,8 @@ def roll_out(
   config = run.config.rl
   prompts = [run.encoder.prompt(p) for p in problems]
   draw = sampler(run, Drawing(config.temperature), run.config.search.rows)
-  drawn = draw(policy, prompts, seed=seed, ids=name_ids(problems), samples=config.group)
+  with run.sampling(policy) as (policy,):
+    drawn = draw(policy, prompts, seed=seed, ids=name_ids(problems), samples=config.group)
   repeated = [p for p in problems for _ in range(config.group)]
   paths = [run.encoder.steps_of(drawn.ids(i)) for i in range(len(repeated))]
   verdicts = run.executor.judge(repeated, paths, [tests[p.id] for p in repeated])

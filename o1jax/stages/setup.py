@@ -34,6 +34,7 @@ from o1jax.sandbox.pool import Pool
 from o1jax.sandbox.protocol import Limits, SandboxError
 from o1jax.stages.context import Run, Workbench
 from o1jax.stages.execute import Executor
+from o1jax.stages.layout import sampling_faults
 from o1jax.types import Problem
 
 logger = logging.getLogger(__name__)
@@ -59,9 +60,9 @@ def opened(config: Config, wanted: Sequence[str], force: bool = False) -> Iterat
     stop.noting(),
     _ambient(mesh),
     Store(config, force) as store,
-    Metrics(store.dir, config.metrics.tensorboard) as metrics,
+    Metrics(store.local, config.metrics.tensorboard) as metrics,
     distributed.together(lambda: _pool(config)) as pool,
-    _log_file(store.dir / 'run.log'),
+    _log_file(store.local / 'run.log'),
   ):
     bench = Workbench(store, metrics, Progress(), mesh, config.run.log_every)
     base = distributed.together(lambda: _base(config, mesh))
@@ -206,12 +207,13 @@ def _checked(config: Config):
   except (ValueError, OSError) as error:
     faults.append(f'model.path={config.model.path!r}: {error}')
   try:
-    mesh = make_mesh(config.mesh.model_dump())
+    mesh = make_mesh(config.mesh.axes)
   except ValueError as error:
     faults.append(str(error))
   if mesh is not None:
     faults += _undivided(config, model, mesh)
   if mesh is not None and model is not None:
+    faults += sampling_faults(config, model, mesh)
     faults += _too_large(config, model, mesh)
   if faults:
     raise ConfigError('run', faults)
