@@ -76,6 +76,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
   jax.tree.map(np.testing.assert_array_equal, start.params, state.params)
   jax.tree.map(np.testing.assert_array_equal, start.opt_state, state.opt_state)
   assert (int(state.step), int(state.skipped), float(metrics['skipped'])) == (3, 2, 2.0)
+  assert int(state.empty) == 0
   # Afterwards it goes on as if nothing had happened.
   after, _ = update(state, good)
   expected, _ = update(start, good)
@@ -100,7 +101,8 @@ def test_a_batch_with_nothing_to_learn_moves_nothing():
   update = make_update(CASES['sft'][0], tx, donate=False)
   start, _ = update(init_state(params(), tx), token_batch())  # momentum that could move it
   state, metrics = update(start, batch)
-  assert int(state.skipped) == 1 and metrics['loss'] == 0.0
+  assert (int(state.empty), int(state.skipped)) == (1, 0) and metrics['loss'] == 0.0
+  assert (metrics['empty'], metrics['skipped']) == (1.0, 0.0)
   jax.tree.map(np.testing.assert_array_equal, start.params, state.params)
 
 
@@ -109,7 +111,7 @@ def test_the_state_is_donated_and_metrics_stay_on_the_device():
   state = init_state({'w': jnp.zeros(3)}, tx)
   new, metrics = make_update(square, tx)(state, jnp.ones((2, 3)))
   assert state.params['w'].is_deleted() and not new.params['w'].is_deleted()
-  assert set(metrics) == {'loss', 'grad_norm', 'count', 'skipped', 'first'}
+  assert set(metrics) == {'loss', 'grad_norm', 'count', 'skipped', 'empty', 'first'}
   for value in metrics.values():
     assert isinstance(value, jax.Array) and value.dtype == jnp.float32 and value.shape == ()
 
@@ -149,7 +151,7 @@ def test_updates_count_what_is_not_finite_and_not_what_is_empty():
   empty = dataclasses.replace(token_batch(), loss_mask=jnp.zeros((B, T)))
   update = make_update(CASES['sft'][0], tx)
   state, _, broken = run_updates(update, init_state(copied(params()), tx), [empty])
-  assert (int(state.skipped), broken) == (1, 0)
+  assert (int(state.empty), int(state.skipped), broken) == (1, 0, 0)
 
 
 def test_a_limit_that_nothing_measures_is_refused():

@@ -142,7 +142,12 @@ class PrmConfig(Section):
   bad_token: str = '-'
 
   def relations(self) -> Iterator[Relation]:
-    """The two words differ."""
+    """A microbatch has room for two siblings, and the two words differ."""
+    optim = self.optim
+    if self.mode != 'pointwise' and optim.accumulate > 1 and optim.batch < 2 * optim.accumulate:
+      text = f'prm.optim.batch={optim.batch} in prm.optim.accumulate={optim.accumulate} parts'
+      keys = ('optim.batch', 'optim.accumulate', 'mode')
+      yield keys, f"{text} parts siblings; use a larger batch, or prm.mode='pointwise'"
     if self.good_token == self.bad_token:
       text = f'prm.good_token and prm.bad_token are both {self.good_token!r}'
       yield ('good_token', 'bad_token'), f'{text}; use two tokens'

@@ -238,7 +238,16 @@ def _learn(run: Run, update, state, params, reference, rollouts: Rollouts, alpha
   batches = _minibatches(run, params, reference, rollouts, alpha, iteration, rng)
   placed = (shard(batch, rows) for batch in batches)
   state, scalars, broken = run_updates(update, state, placed, max_kl=config.max_kl or None)
-  wanted = ('loss', 'grad_norm', 'skipped', 'clip_fraction', 'old_kl', 'accuracy', 'margin')
+  wanted = (
+    'loss',
+    'grad_norm',
+    'skipped',
+    'empty',
+    'clip_fraction',
+    'old_kl',
+    'accuracy',
+    'margin',
+  )
   wanted = (*wanted, 'updates')
   if config.algorithm != 'dpo':
     wanted = (*wanted, 'policy_loss', 'kl', 'imitation')
