@@ -15,8 +15,8 @@ from o1jax.learn.objectives import sft_loss
 from o1jax.learn.state import init_state
 from o1jax.learn.update import make_update
 from o1jax.stages import rl
+from o1jax.stages.drawn import draw_problems
 from o1jax.stages.fit import optimizer, place
-from o1jax.stages.rollouts import draw_problems
 from o1jax.stages.setup import opened
 from o1jax.types import ACCEPTED, WRONG_ANSWER, Problem, Step, Trajectory, Verdict
 

@@ -180,6 +180,9 @@ class RlConfig(Section):
   entropy_coef: NonNegative = 0.0  # bonus for each nat of a token's entropy
   loss_mean: Literal['token', 'sequence'] = 'token'  # over all tokens, or over rows of their means
   importance_cap: NonNegative = 0.0  # of weights for rollouts of an older policy; 0: no weights
+  # Iterations by which the policy that writes rollouts may be behind the one that learns from them;
+  # 0: on policy. Programs then run while later rollouts are written and earlier ones learnt from.
+  staleness: Natural = 0
   whiten: bool = False  # advantages of an iteration to mean 0 and variance 1
   normalise: bool = False  # divide a group's advantages by their deviation ('grpo')
   gamma: Share = 0.9
@@ -246,6 +249,9 @@ class RlConfig(Section):
       text = f'rl.group={self.group} has nothing to compare within a problem'
       yield ('group', 'algorithm'), f"{text}; use 2 or more, or rl.algorithm='ppo'"
     yield from self._dpo_relations()
+    if self.staleness and not self.importance_cap and self.algorithm != 'dpo':
+      text = f'rl.staleness={self.staleness} learns from rollouts of older policies unweighted'
+      yield ('staleness', 'importance_cap'), f'{text}; set rl.importance_cap, to 2 say'
     if self.alpha_end > self.alpha_start:
       text = f'rl.alpha_end={self.alpha_end} is above rl.alpha_start={self.alpha_start}'
       yield ('alpha_end', 'alpha_start'), f'{text}; alpha falls: exchange the two'
