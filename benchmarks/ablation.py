@@ -40,7 +40,6 @@ VARIANTS = {
 MADE = {'SFT, no RL': 'round0/sft', 'expert iteration': 'control/expert_iteration'}
 BEFORE = (  # stages that a variant's RL stands on
   'tcg',
-  'tcg_tests',
   'round0/synthesis',
   'round0/policy_sft',
   'round0/rollouts/prm',
@@ -64,6 +63,7 @@ def prepared(source: pathlib.Path, folder: pathlib.Path) -> None:
     if not (source / 'stages' / stage / 'done.json').exists():
       raise SystemExit(f'{source}: {stage} is not finished; run benchmarks/loop.py first')
     shutil.copytree(source / 'stages' / stage, half / 'stages' / stage)
+  shutil.copytree(source / 'stages/tcg_tests', half / 'stages/tcg_tests')
   shutil.copy(source / 'run.json', half)
   half.rename(folder)
 
