@@ -61,7 +61,8 @@ def roll_out(run: Run, prm: Any, drawn: Drawn) -> Rollouts:
   mask = np.zeros_like(process)
   for row, (scores, path) in enumerate(zip(scored, drawn.paths, strict=True)):
     if ended[row]:
-      process[row, : len(scores)] = 1.0 / (1.0 + np.exp(-np.asarray(scores)))
+      odds = np.maximum(scores, -700.0)  # float64's exp goes no further
+      process[row, : len(scores)] = 1.0 / (1.0 + np.exp(-odds))
     mask[row, : max(1, min(len(path), steps))] = 1.0
   tokens, generated, logprobs = _rows(run, drawn)
   step_ids = step_ids_of(tokens, generated, run.tokenizer.step_end_id, run.tokenizer.eos_id)
