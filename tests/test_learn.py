@@ -20,9 +20,11 @@ from learn_cases import (
   token_batch,
 )
 
+from o1jax.config import OptimConfig
 from o1jax.learn import microbatch, optim
 from o1jax.learn.state import init_state
 from o1jax.learn.update import make_update, run_updates
+from o1jax.stages import fit
 
 
 @pytest.mark.parametrize('name, accumulate', [*((n, 4) for n in CASES), ('sft', 1), ('sft', 2)])
@@ -231,6 +233,7 @@ def test_schedules():
     ({'warmup': 10}, 'warmup=10 .*steps=10'),
     ({'lr': 0.0}, r'lr=0\.0'),
     ({'clip': -1.0}, r'clip=-1\.0'),
+    ({'optimizer': 'adam'}, "'adam'.*adamw, adafactor, lion or sgd"),
   ],
 )
 def test_bad_optimiser_settings_are_named(bad, message):
@@ -255,6 +258,23 @@ def test_adamw_is_its_formula_and_spares_norms():
       decay = 0.5 * expected[k] if k == 'gate' else 0.0
       expected[k] = expected[k] - 0.1 * (move + decay)
   assert_close(weights, {k: x.astype(np.float32) for k, x in expected.items()}, 1e-5)
+
+
+@pytest.mark.parametrize('name', ['adafactor', 'lion', 'sgd'])
+def test_other_optimisers_of_optax_by_name(name):
+  tx = fit.optimizer(OptimConfig(optimizer=name, lr=0.02, steps=200, weight_decay=0.1))
+  state = init_state({'w': jnp.zeros(3), 'norm': jnp.ones(2)}, tx)
+
+  def loss(weights, batch):
+    return jnp.sum((weights['w'] - batch[0]) ** 2), jnp.float32(1), {}
+
+  update = make_update(loss, tx)
+  for _ in range(200):
+    state, metrics = update(state, jnp.array([[1.0, -2.0, 0.5]]))
+  assert metrics['loss'] < 0.1 and metrics['skipped'] == 0
+  np.testing.assert_array_equal(state.params['norm'], 1.0)  # no gradient, and no decay
+  moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
+  assert moments < 2 * 5 + 4  # AdamW has two for each weight
 
 
 def test_the_clip_bounds_the_gradient():

@@ -19,13 +19,17 @@ from o1jax.config.base import (
   Share,
 )
 
+# 'adafactor' has next to no state beside the weights, 'lion' and 'sgd' half of AdamW's.
+Optimizer = Literal['adamw', 'adafactor', 'lion', 'sgd']
+
 # What an adapter can be for, by its name on the Hub.
 PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
 
 
 class OptimConfig(Section):
-  """AdamW over a fixed number of steps."""
+  """An optimiser over a fixed number of steps."""
 
+  optimizer: Optimizer = 'adamw'
   lr: Positive = 1e-3  # the peak
   schedule: Schedule = 'cosine'  # after the warm-up
   warmup: Natural = 10  # steps
@@ -165,6 +169,7 @@ class RlConfig(Section):
   group: Count = 8  # rollouts of one problem
   minibatch: Count = 96  # rows of one update
   epochs: Count = 1  # passes over an iteration's rollouts
+  optimizer: Optimizer = 'adamw'
   lr: Positive = 3e-4
   schedule: Schedule = 'constant'
   warmup: Natural = 0  # updates
@@ -225,6 +230,7 @@ class RlConfig(Section):
   def optim(self) -> OptimConfig:
     """The optimiser of the whole stage, counted in updates."""
     return OptimConfig(
+      optimizer=self.optimizer,
       lr=self.lr,
       schedule=self.schedule,
       warmup=self.warmup,

@@ -34,6 +34,7 @@ def optimizer(config: OptimConfig):
     warmup=config.warmup,
     weight_decay=config.weight_decay,
     clip=config.clip or None,
+    optimizer=config.optimizer,
   )
 
 
