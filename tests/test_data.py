@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from learn_cases import CASES, V, assert_close
 
 from o1jax.batch import TokenBatch
 from o1jax.data import steps as steps_lib
@@ -19,6 +24,8 @@ from o1jax.data.paths import PathEncoder, step_ids_of
 from o1jax.data.pipeline import batches, of_list
 from o1jax.data.prefix_tree import PrefixTree, by_problem
 from o1jax.data.step_batches import StepBatchShape, step_batches
+from o1jax.learn.state import init_state
+from o1jax.learn.update import make_update
 from o1jax.types import (
   ACCEPTED,
   SANDBOX_FAILURE,
@@ -436,6 +443,28 @@ def test_pairs_point_to_rows_that_part_at_the_step():
       assert better.value - worse.value > 0.15
       assert weight == pytest.approx(min(better.visits, worse.visits) ** 0.5)
   assert seen == 8  # two pairs in each of four trees
+
+
+@pytest.mark.parametrize('parts', [2, 4])
+def test_siblings_share_a_microbatch_and_accumulation_changes_nothing(parts):
+  shape = StepBatchShape(rows=16, tokens=100, steps=4, pairs=12, parts=parts)
+  found = build(forest(6), shape)
+  rows = [row for batch in found for row in rows_of(batch)]
+  assert len(rows) == len(set(rows)) == 6 * min(len(small_tree().paths), 16 // parts)
+  assert sum((b.pair_weights > 0).sum() for b in found) >= 6
+  loss, make, _ = CASES['prm']
+  tx = optax.sgd(1.0)
+  for batch in found:
+    assert (batch.pairs[:, 0] % parts == batch.pairs[:, 1] % parts).all()
+    batch = dataclasses.replace(batch, tokens=batch.tokens % V)
+    start = make()
+    moved = [
+      make_update(loss, tx, accumulate=n, donate=False)(init_state(start, tx), batch)[0].params
+      for n in (1, parts)
+    ]
+    whole, cut = (jax.tree.leaves(jax.tree.map(jnp.subtract, start, after)) for after in moved)
+    largest = max(float(jnp.abs(g).max()) for g in whole)
+    assert_close(*([g / largest for g in side] for side in (whole, cut)), 1e-6)
 
 
 def test_more_pairs_than_fit_are_drawn_among_and_fewer_are_padded():

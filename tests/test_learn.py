@@ -20,9 +20,11 @@ from learn_cases import (
   token_batch,
 )
 
+from o1jax.config import OptimConfig
 from o1jax.learn import microbatch, optim
 from o1jax.learn.state import init_state
 from o1jax.learn.update import make_update, run_updates
+from o1jax.stages import fit
 
 
 @pytest.mark.parametrize('name, accumulate', [*((n, 4) for n in CASES), ('sft', 1), ('sft', 2)])
@@ -76,6 +78,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
   jax.tree.map(np.testing.assert_array_equal, start.params, state.params)
   jax.tree.map(np.testing.assert_array_equal, start.opt_state, state.opt_state)
   assert (int(state.step), int(state.skipped), float(metrics['skipped'])) == (3, 2, 2.0)
+  assert int(state.empty) == 0
   # Afterwards it goes on as if nothing had happened.
   after, _ = update(state, good)
   expected, _ = update(start, good)
@@ -100,7 +103,8 @@ def test_a_batch_with_nothing_to_learn_moves_nothing():
   update = make_update(CASES['sft'][0], tx, donate=False)
   start, _ = update(init_state(params(), tx), token_batch())  # momentum that could move it
   state, metrics = update(start, batch)
-  assert int(state.skipped) == 1 and metrics['loss'] == 0.0
+  assert (int(state.empty), int(state.skipped)) == (1, 0) and metrics['loss'] == 0.0
+  assert (metrics['empty'], metrics['skipped']) == (1.0, 0.0)
   jax.tree.map(np.testing.assert_array_equal, start.params, state.params)
 
 
@@ -109,7 +113,7 @@ def test_the_state_is_donated_and_metrics_stay_on_the_device():
   state = init_state({'w': jnp.zeros(3)}, tx)
   new, metrics = make_update(square, tx)(state, jnp.ones((2, 3)))
   assert state.params['w'].is_deleted() and not new.params['w'].is_deleted()
-  assert set(metrics) == {'loss', 'grad_norm', 'count', 'skipped', 'first'}
+  assert set(metrics) == {'loss', 'grad_norm', 'count', 'skipped', 'empty', 'first'}
   for value in metrics.values():
     assert isinstance(value, jax.Array) and value.dtype == jnp.float32 and value.shape == ()
 
@@ -149,7 +153,7 @@ def test_updates_count_what_is_not_finite_and_not_what_is_empty():
   empty = dataclasses.replace(token_batch(), loss_mask=jnp.zeros((B, T)))
   update = make_update(CASES['sft'][0], tx)
   state, _, broken = run_updates(update, init_state(copied(params()), tx), [empty])
-  assert (int(state.skipped), broken) == (1, 0)
+  assert (int(state.empty), int(state.skipped), broken) == (1, 0, 0)
 
 
 def test_a_limit_that_nothing_measures_is_refused():
@@ -229,6 +233,7 @@ def test_schedules():
     ({'warmup': 10}, 'warmup=10 .*steps=10'),
     ({'lr': 0.0}, r'lr=0\.0'),
     ({'clip': -1.0}, r'clip=-1\.0'),
+    ({'optimizer': 'adam'}, "'adam'.*adamw, adafactor, lion or sgd"),
   ],
 )
 def test_bad_optimiser_settings_are_named(bad, message):
@@ -253,6 +258,23 @@ def test_adamw_is_its_formula_and_spares_norms():
       decay = 0.5 * expected[k] if k == 'gate' else 0.0
       expected[k] = expected[k] - 0.1 * (move + decay)
   assert_close(weights, {k: x.astype(np.float32) for k, x in expected.items()}, 1e-5)
+
+
+@pytest.mark.parametrize('name', ['adafactor', 'lion', 'sgd'])
+def test_other_optimisers_of_optax_by_name(name):
+  tx = fit.optimizer(OptimConfig(optimizer=name, lr=0.02, steps=200, weight_decay=0.1))
+  state = init_state({'w': jnp.zeros(3), 'norm': jnp.ones(2)}, tx)
+
+  def loss(weights, batch):
+    return jnp.sum((weights['w'] - batch[0]) ** 2), jnp.float32(1), {}
+
+  update = make_update(loss, tx)
+  for _ in range(200):
+    state, metrics = update(state, jnp.array([[1.0, -2.0, 0.5]]))
+  assert metrics['loss'] < 0.1 and metrics['skipped'] == 0
+  np.testing.assert_array_equal(state.params['norm'], 1.0)  # no gradient, and no decay
+  moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
+  assert moments < 2 * 5 + 4  # AdamW has two for each weight
 
 
 def test_the_clip_bounds_the_gradient():

@@ -6,6 +6,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -128,6 +129,33 @@ def test_stopped_by_signals_it_says_so_and_ends_with_the_same_summary(whole, tmp
   last = train(folder, rare)
   assert last.returncode == 0, last.stderr[-3000:]
   assert summary_of(folder) == summary_of(whole)
+
+
+@pytest.mark.slow
+def test_paths_drawn_ahead_outlive_kills(whole, tmp_path):
+  stale = ['--stages', 'rl', '--force', 'run.rounds=1', 'rl.control=false', 'rl.iterations=4']
+  stale += ['rl.staleness=1', 'rl.importance_cap=2']
+  kept = {'tcg', 'tcg_tests', 'round0'}
+  found = []
+  for name, kills in (('alone', 0), ('killed', 2)):
+    folder = tmp_path / name
+    (folder / 'stages').mkdir(parents=True)
+    shutil.copy(whole / 'run.json', folder)
+    for stage in kept:
+      shutil.copytree(whole / 'stages' / stage, folder / 'stages' / stage)
+    shutil.rmtree(folder / 'stages/round0/rl')
+    for _ in range(kills):
+      code, told = killed_after(folder, 1, 0.2, signal.SIGKILL, *stale)
+      assert code == -signal.SIGKILL, told[-3000:]
+    got = train(folder, *stale)
+    assert got.returncode == 0, got.stderr[-3000:]
+    stage = folder / 'stages/round0/rl'
+    result = json.loads((stage / 'done.json').read_text())
+    chunks = [p.read_text() for p in sorted((stage / 'trajectories').iterdir())]
+    found.append((result | {'seconds': 0}, chunks))
+  assert found[0] == found[1]
+  versions = [{json.loads(line)['policy_version'] for line in c.splitlines()} for c in chunks]
+  assert versions == [{0}, {0}, {1}, {2}]  # never more than one behind 0, 1, 2, 3
 
 
 # Every stage once, as small as it can be over two devices.

@@ -55,6 +55,19 @@ def test_nll_matches_a_loop(seed):
   close(n, count)
 
 
+def test_nll_and_value_gradients():
+  rng = np.random.default_rng(1)
+  at, old, targets = (f32(rng.normal(size=T)) for _ in range(3))
+  weights = f32([1.0, 0.5] * (T // 2) + [0.0])
+
+  def value(clip):
+    return lambda x: ppo.value_loss(x, old, targets, weights, clip)[0]
+
+  for loss in (lambda x: sft.nll_loss(x, weights)[0], value(None), value(0.3)):
+    check_grads(loss, (at,), 1, ['rev'], atol=1e-2, rtol=1e-2)
+    assert jax.grad(loss)(at)[-1] == 0.0
+
+
 def test_nll_survives_an_impossible_token_under_weight_0():
   logprobs, weights = f32([-1.0, -jnp.inf]), f32([1.0, 0.0])
   loss, grad = jax.value_and_grad(lambda x: sft.nll_loss(x, weights)[0])(logprobs)

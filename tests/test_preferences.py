@@ -51,12 +51,13 @@ def sampled(seed=0):
     logprobs=(-1.0 * generated * rng.exponential(size=generated.shape)).astype(np.float32),
     step_ids=step_ids,
     sampled_tokens=int(generated.sum()),
+    version=3,
   )
 
 
 def made(settings, drawn, **changes):
   zeros = np.zeros(drawn.tokens.shape, np.float32)
-  args = {'version': 3, 'ref_logprobs': zeros, 'values': None} | changes
+  args = {'ref_logprobs': zeros, 'values': None} | changes
   return rollouts.rollout_batch(settings, drawn, 0.5, **args)
 
 

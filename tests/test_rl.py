@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from o1jax.batch import TokenBatch
 from o1jax.config import RlConfig, load
 from o1jax.data.pack import pack
 from o1jax.data.steps import program_step
@@ -15,8 +16,9 @@ from o1jax.learn.objectives import sft_loss
 from o1jax.learn.state import init_state
 from o1jax.learn.update import make_update
 from o1jax.stages import rl
+from o1jax.stages.drawn import draw_problems
 from o1jax.stages.fit import optimizer, place
-from o1jax.stages.rollouts import draw_problems
+from o1jax.stages.rollouts import Rollouts
 from o1jax.stages.setup import opened
 from o1jax.types import ACCEPTED, WRONG_ANSWER, Problem, Step, Trajectory, Verdict
 
@@ -107,3 +109,49 @@ def test_what_failed_last_is_drawn_oftener():
   for name, rate in expected.items():
     assert share[name] == pytest.approx(rate, abs=0.03)
   assert all(rate == pytest.approx(0.5, abs=0.03) for rate in drawn(False, seen).values())
+
+
+def test_rollouts_of_an_older_policy_are_weighed_by_the_present_one(run):
+  cap, rows = 1.2, 8
+  weighed, plain = (
+    dataclasses.replace(
+      run,
+      config=run.config.model_copy(
+        update={'rl': run.config.rl.model_copy(update={'importance_cap': c})}
+      ),
+    )
+    for c in (cap, 0.0)
+  )
+  documents = [
+    run.encoder.document(p, path(run, i, ACCEPTED).steps) for i, p in enumerate(run.train)
+  ]
+  tokens, generated = np.zeros((2, rows, run.row_tokens), np.int32)
+  for row, document in enumerate(documents[:rows]):
+    tokens[row, : len(document.ids)] = document.ids
+    generated[row, document.prompt : len(document.ids)] = 1
+  rng = np.random.default_rng(0)
+  older = (-2.0 * rng.random(tokens.shape) * generated).astype(np.float32)
+  rollouts = Rollouts(
+    problems=[],
+    paths=[()] * rows,
+    outcome=rng.integers(0, 2, rows).astype(np.float32),
+    valid=np.ones(rows, np.float32),
+    process=np.zeros((rows, 1), np.float32),
+    mask=np.ones((rows, 1), np.float32),
+    tokens=tokens,
+    generated=generated.astype(bool),
+    logprobs=older,
+    step_ids=generated,
+    sampled_tokens=int(generated.sum()),
+    version=0,
+  )
+  args = (run.base, run.base, rollouts, 1.0)
+  batch, unweighed = (rl._rollout_batch(there, *args) for there in (weighed, plain))
+  views = TokenBatch(batch.tokens, batch.positions, batch.segments, batch.mask)
+  now = np.asarray(rl.row_logprobs(run.model, run.base, views)) * batch.mask
+  np.testing.assert_allclose(batch.old_logprobs, now, atol=1e-5)
+  weights = np.minimum(np.exp(now - older), cap)
+  assert (weights[batch.mask > 0] < 0.9).any() and (weights == cap).any()
+  expected = unweighed.advantages * weights
+  np.testing.assert_allclose(batch.advantages, expected, atol=1e-5)
+  np.testing.assert_array_equal(unweighed.old_logprobs, older * batch.mask)

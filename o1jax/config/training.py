@@ -19,13 +19,17 @@ from o1jax.config.base import (
   Share,
 )
 
+# 'adafactor' has next to no state beside the weights, 'lion' and 'sgd' half of AdamW's.
+Optimizer = Literal['adamw', 'adafactor', 'lion', 'sgd']
+
 # What an adapter can be for, by its name on the Hub.
 PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
 
 
 class OptimConfig(Section):
-  """AdamW over a fixed number of steps."""
+  """An optimiser over a fixed number of steps."""
 
+  optimizer: Optimizer = 'adamw'
   lr: Positive = 1e-3  # the peak
   schedule: Schedule = 'cosine'  # after the warm-up
   warmup: Natural = 10  # steps
@@ -142,7 +146,12 @@ class PrmConfig(Section):
   bad_token: str = '-'
 
   def relations(self) -> Iterator[Relation]:
-    """The two words differ."""
+    """A microbatch has room for two siblings, and the two words differ."""
+    optim = self.optim
+    if self.mode != 'pointwise' and optim.accumulate > 1 and optim.batch < 2 * optim.accumulate:
+      text = f'prm.optim.batch={optim.batch} in prm.optim.accumulate={optim.accumulate} parts'
+      keys = ('optim.batch', 'optim.accumulate', 'mode')
+      yield keys, f"{text} parts siblings; use a larger batch, or prm.mode='pointwise'"
     if self.good_token == self.bad_token:
       text = f'prm.good_token and prm.bad_token are both {self.good_token!r}'
       yield ('good_token', 'bad_token'), f'{text}; use two tokens'
@@ -160,6 +169,7 @@ class RlConfig(Section):
   group: Count = 8  # rollouts of one problem
   minibatch: Count = 96  # rows of one update
   epochs: Count = 1  # passes over an iteration's rollouts
+  optimizer: Optimizer = 'adamw'
   lr: Positive = 3e-4
   schedule: Schedule = 'constant'
   warmup: Natural = 0  # updates
@@ -175,6 +185,9 @@ class RlConfig(Section):
   entropy_coef: NonNegative = 0.0  # bonus for each nat of a token's entropy
   loss_mean: Literal['token', 'sequence'] = 'token'  # over all tokens, or over rows of their means
   importance_cap: NonNegative = 0.0  # of weights for rollouts of an older policy; 0: no weights
+  # Iterations by which the policy that writes rollouts may be behind the one that learns from them;
+  # 0: on policy. Programs then run while later rollouts are written and earlier ones learnt from.
+  staleness: Natural = 0
   whiten: bool = False  # advantages of an iteration to mean 0 and variance 1
   normalise: bool = False  # divide a group's advantages by their deviation ('grpo')
   gamma: Share = 0.9
@@ -217,6 +230,7 @@ class RlConfig(Section):
   def optim(self) -> OptimConfig:
     """The optimiser of the whole stage, counted in updates."""
     return OptimConfig(
+      optimizer=self.optimizer,
       lr=self.lr,
       schedule=self.schedule,
       warmup=self.warmup,
@@ -241,6 +255,9 @@ class RlConfig(Section):
       text = f'rl.group={self.group} has nothing to compare within a problem'
       yield ('group', 'algorithm'), f"{text}; use 2 or more, or rl.algorithm='ppo'"
     yield from self._dpo_relations()
+    if self.staleness and not self.importance_cap and self.algorithm != 'dpo':
+      text = f'rl.staleness={self.staleness} learns from rollouts of older policies unweighted'
+      yield ('staleness', 'importance_cap'), f'{text}; set rl.importance_cap, to 2 say'
     if self.alpha_end > self.alpha_start:
       text = f'rl.alpha_end={self.alpha_end} is above rl.alpha_start={self.alpha_start}'
       yield ('alpha_end', 'alpha_start'), f'{text}; alpha falls: exchange the two'

@@ -20,12 +20,13 @@ from o1jax.types import Problem
 
 @dataclasses.dataclass(frozen=True)
 class StepBatchShape:
-  """Fixed shape of every batch: rows, tokens a row, steps a row, pairs."""
+  """Fixed shape of every batch: rows, tokens a row, steps a row, pairs, microbatches."""
 
   rows: int
   tokens: int
   steps: int
   pairs: int
+  parts: int = 1  # microbatches of `learn.microbatch.split`, which divide the rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +54,10 @@ def step_batches(
   A node's label is its mean return (or whether it is > 0, if `hard`), its weight
   the root of its visits, split over the rows that pass through it. Paths that
   do not fit `shape` are left out; of the others at most `paths_per_problem` (and at most
-  `shape.rows`) are drawn, for the siblings of a problem share one batch.
+  `shape.rows / shape.parts`) are drawn, for the siblings of a problem share one microbatch.
   """
-  limit = min(paths_per_problem, shape.rows)
+  room = shape.rows // shape.parts
+  limit = min(paths_per_problem, room)
   groups = []
   for problem_id, tree in trees.items():
     paths = [p for p in tree.paths if len(p) <= shape.steps]
@@ -64,30 +66,37 @@ def step_batches(
       paths = [paths[i] for i in rng.permutation(len(paths))[:limit]]
     if paths:
       groups.append(_Group(problems[problem_id], paths, tree))
-  batches, current, size = [], [], 0
-  for i in rng.permutation(len(groups)):
-    group = groups[i]
-    if size + len(group.paths) > shape.rows:
-      batches.append(_build(current, encoder, shape, rng, margin, hard))
-      current, size = [], 0
-    current.append(group)
-    size += len(group.paths)
-  if current:
-    batches.append(_build(current, encoder, shape, rng, margin, hard))
+  order = [groups[i] for i in rng.permutation(len(groups))]
+  return [_build(p, encoder, shape, rng, margin, hard) for p in _placed(order, shape.parts, room)]
+
+
+def _placed(groups: Sequence[_Group], parts: int, room: int) -> list[list[tuple[int, _Group]]]:
+  """Batches of (microbatch, group): each group where it first fits, or in a new batch."""
+  batches: list[list[tuple[int, _Group]]] = []
+  sizes = [room + 1]  # of the last batch's microbatches: at first there is none
+  for group in groups:
+    free = [part for part, size in enumerate(sizes) if size + len(group.paths) <= room]
+    if not free:
+      batches.append([])
+      sizes = [0] * parts
+    part = free[0] if free else 0
+    batches[-1].append((part, group))
+    sizes[part] += len(group.paths)
   return batches
 
 
-def _build(groups, encoder, shape, rng, margin, hard) -> StepBatch:
+def _build(placed, encoder, shape, rng, margin, hard) -> StepBatch:
   tokens = np.zeros((shape.rows, shape.tokens), np.int32)
   step_ids = np.zeros_like(tokens)
   segments = np.zeros_like(tokens)
   labels = np.zeros((shape.rows, shape.steps), np.float32)
   weights = np.zeros_like(labels)
   pairs: list[tuple[int, int, int, float]] = []
-  row = 0
-  for group in groups:
+  free = list(range(shape.parts))  # next row of each microbatch, which has every `parts`-th
+  for part, group in placed:
     rows_of: dict[Prefix, list[int]] = {}
     for path in group.paths:
+      row, free[part] = free[part], free[part] + shape.parts
       ids = list(encoder.prompt(group.problem))
       for j, step in enumerate(path, start=1):
         new = encoder.step(step)
@@ -96,7 +105,6 @@ def _build(groups, encoder, shape, rng, margin, hard) -> StepBatch:
         rows_of.setdefault(path[:j], []).append(row)
       tokens[row, : len(ids)] = ids
       segments[row, : len(ids)] = 1
-      row += 1
     for prefix, rows in rows_of.items():
       node = group.tree.nodes[prefix]
       labels[rows, len(prefix) - 1] = float(node.value > 0) if hard else node.value

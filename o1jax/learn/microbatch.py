@@ -19,8 +19,8 @@ def split(batch: Any, parts: int) -> Any:
 
   A `StepBatch` keeps its sibling pairs: each microbatch gets all pairs with their rows
   renumbered, and weight only on the pairs whose two rows it holds. Siblings must
-  therefore agree in `row % parts`; a pair that does not is dropped, which the metric
-  `pair_weight` of `objectives.prm_loss` shows.
+  therefore agree in `row % parts`, as `data.step_batches` places them; a pair that does not
+  is dropped, which the metric `pair_weight` of `objectives.prm_loss` shows.
 
   Raises:
     ValueError: the rows do not divide.

@@ -1,4 +1,4 @@
-"""The optimiser: AdamW behind a gradient clip, with warm-up and decay."""
+"""The optimiser: one of optax behind a gradient clip, with warm-up and decay."""
 
 from __future__ import annotations
 
@@ -58,23 +58,49 @@ def make_optimizer(
   final: float = 0.0,
   weight_decay: float = 0.0,
   clip: float | None = 1.0,
+  optimizer: str = 'adamw',
   b1: float = 0.9,
   b2: float = 0.95,
   eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-  """AdamW (Loshchilov & Hutter 2019) after a clip of the global gradient norm.
+  """AdamW (Loshchilov & Hutter 2019) or another after a clip of the global gradient norm.
 
-  Weight decay spares norms and biases. The schedule's arguments are those of
-  `make_schedule`; `clip` is the largest norm let through, None for no limit.
+  'adafactor' keeps the second moments of a matrix by row and column, 'lion' one moment, 'sgd'
+  a momentum of 0.9; their constants are optax's. Weight decay spares norms and biases.
+
+  Args:
+    lr: peak rate; so far, and `steps`, `schedule`, `warmup` and `final`, as in `make_schedule`.
+    weight_decay: share of a weight taken off at each update, times the rate.
+    clip: largest norm let through, None for no limit.
+    optimizer: 'adamw', 'adafactor', 'lion' or 'sgd'.
+    b1: decay of AdamW's first moment.
+    b2: decay of its second.
+    eps: its smallest divisor.
 
   Raises:
-    ValueError: as `make_schedule`; or a rate or clip that is not positive.
+    ValueError: as `make_schedule`; a rate or clip that is not positive; an unknown optimiser.
   """
   if lr <= 0 or (clip is not None and clip <= 0):
     raise ValueError(f'lr={lr} and clip={clip} must be positive (clip may be None)')
   rate = make_schedule(lr, steps=steps, schedule=schedule, warmup=warmup, final=final)
-  adamw = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=_decayed)
-  return adamw if clip is None else optax.chain(optax.clip_by_global_norm(clip), adamw)
+  decayed = {'weight_decay': weight_decay, 'mask': _decayed}
+  if optimizer == 'adafactor':
+    # optax.adafactor itself does not multiply the decay by the rate.
+    tx = optax.chain(
+      optax.scale_by_factored_rms(),
+      optax.clip_by_block_rms(1.0),
+      optax.add_decayed_weights(**decayed),
+      optax.scale_by_learning_rate(rate),
+    )
+  elif optimizer == 'lion':
+    tx = optax.lion(rate, **decayed)
+  elif optimizer == 'sgd':
+    tx = optax.chain(optax.add_decayed_weights(**decayed), optax.sgd(rate, momentum=0.9))
+  elif optimizer == 'adamw':
+    tx = optax.adamw(rate, b1, b2, eps, **decayed)
+  else:
+    raise ValueError(f'optimizer={optimizer!r} is unknown; use adamw, adafactor, lion or sgd')
+  return tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
 
 
 def _decayed(params: Any) -> Any:

@@ -17,8 +17,9 @@ class TrainState:
 
   params: Any
   opt_state: optax.OptState
-  step: jax.Array  # [] int32, batches seen, the skipped ones included
-  skipped: jax.Array  # [] int32, batches that changed nothing (see update.py)
+  step: jax.Array  # [] int32, batches seen, the skipped and the empty ones included
+  skipped: jax.Array  # [] int32, batches whose loss or gradient was not finite
+  empty: jax.Array  # [] int32, batches with nothing to learn
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
@@ -28,7 +29,7 @@ def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
   copy what is needed later (a reference policy, say) with `jax.tree.map(jnp.copy, params)`.
   """
   zero = jnp.zeros((), jnp.int32)
-  state = TrainState(params, tx.init(params), zero, jnp.copy(zero))
+  state = TrainState(params, tx.init(params), zero, jnp.copy(zero), jnp.copy(zero))
   meshes = {x.sharding.mesh for x in jax.tree.leaves(params) if _is_named(x)}
   if not meshes:
     return state

@@ -33,12 +33,12 @@ def make_update(
 ) -> Update:
   """Build the train step `(state, batch, *consts) -> (state, metrics)`.
 
-  A step whose loss or gradient is not finite, or whose batch has nothing to learn
-  (count 0), leaves parameters and optimiser as they are and is counted in
-  `state.skipped`.
+  A step whose loss or gradient is not finite leaves parameters and optimiser as they are
+  and is counted in `state.skipped`; so does one whose batch has nothing to learn (count
+  0), which is counted in `state.empty`.
 
   `metrics` holds float32 scalars still on the device: `loss`, `grad_norm` (before any
-  clip), `count`, `skipped` (so far), and those of the loss. Read them one step late and
+  clip), `count`, `skipped` and `empty` (so far), and those of the loss. Read them one step late and
   the host never waits for the device.
 
   Args:
@@ -175,7 +175,8 @@ def _apply(
   divisor = jnp.where(count > 0, count, 1.0)
   gradient = jax.tree.map(lambda g: (g / divisor).astype(g.dtype), gradient)
   norm = optax.tree.norm(gradient)
-  good = jnp.isfinite(loss) & jnp.isfinite(norm) & (count > 0)
+  finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+  good = finite & (count > 0)
 
   def move(params, opt_state):
     updates, opt_state = tx.update(gradient, opt_state, params)
@@ -184,10 +185,15 @@ def _apply(
   params, opt_state = jax.lax.cond(
     good, move, lambda params, opt_state: (params, opt_state), state.params, state.opt_state
   )
-  skipped = state.skipped + jnp.where(good, 0, 1)
   state = dataclasses.replace(
-    state, params=params, opt_state=opt_state, step=state.step + 1, skipped=skipped
+    state,
+    params=params,
+    opt_state=opt_state,
+    step=state.step + 1,
+    skipped=state.skipped + jnp.where(finite, 0, 1),
+    empty=state.empty + jnp.where(finite & ~good, 1, 0),
   )
-  own = {'loss': loss / divisor, 'grad_norm': norm, 'count': count, 'skipped': skipped}
+  own = {'loss': loss / divisor, 'grad_norm': norm, 'count': count}
+  own |= {'skipped': state.skipped, 'empty': state.empty}
   means = {name: total / jnp.where(n > 0, n, 1.0) for name, (total, n) in metrics.items()}
   return state, {k: jnp.asarray(v, jnp.float32) for k, v in {**means, **own}.items()}

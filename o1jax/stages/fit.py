@@ -34,13 +34,16 @@ def optimizer(config: OptimConfig):
     warmup=config.warmup,
     weight_decay=config.weight_decay,
     clip=config.clip or None,
+    optimizer=config.optimizer,
   )
 
 
 def stop_if_broken(label: str, skipped: float) -> None:
-  """Raises FloatingPointError if `label` has skipped more than 20 updates."""
+  """Raises FloatingPointError if more than 20 updates of `label` were not finite."""
   if skipped > _MAX_SKIPPED:
-    raise FloatingPointError(f'{label}: {skipped:.0f} updates skipped; lower its lr')
+    raise FloatingPointError(
+      f'{label}: {skipped:.0f} updates were not finite and skipped; lower its lr'
+    )
 
 
 def place(bench: Workbench, model, params: Any) -> Any:

@@ -36,9 +36,11 @@ DEV_PROBLEMS = 60  # whose trees a stage's closing line judges the PRM on
 
 def batch_shape(run: Run) -> StepBatchShape:
   """Shape of the PRM's batches under the run's limits."""
-  rows = run.config.prm.optim.batch
+  optim = run.config.prm.optim
   steps = run.config.search.depth_limit
-  return StepBatchShape(rows, run.row_tokens, steps, PAIRS_A_ROW * rows)
+  return StepBatchShape(
+    optim.batch, run.row_tokens, steps, PAIRS_A_ROW * optim.batch, optim.accumulate
+  )
 
 
 def initial(run: Run, policy: Any) -> Any:

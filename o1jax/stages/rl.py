@@ -24,7 +24,7 @@ from o1jax.learn.objectives import (
   value_on_own_trunk,
   value_on_policy,
 )
-from o1jax.learn.state import init_state
+from o1jax.learn.state import TrainState, init_state
 from o1jax.learn.update import LossFn, make_update, run_updates
 from o1jax.models import lora
 from o1jax.models.heads import ScalarHead
@@ -33,11 +33,12 @@ from o1jax.parallel.distributed import fetch
 from o1jax.parallel.sharding import batch_sharding, shard, spread
 from o1jax.run.stop import deferred
 from o1jax.stages.context import Run
+from o1jax.stages.drawn import Ahead, Arrays, background
 from o1jax.stages.evaluate import brief
 from o1jax.stages.fit import optimizer, over_frozen, place, stop_if_broken
 from o1jax.stages.pairs import pair_batch
 from o1jax.stages.policy_sft import verified_documents
-from o1jax.stages.rollouts import KL, Rollouts, aggregate, draw_problems, roll_out, rollout_batch
+from o1jax.stages.rollouts import KL, Rollouts, roll_out, rollout_batch, summary
 from o1jax.stages.synthesis import as_trajectories
 from o1jax.types import TestCase, Trajectory
 
@@ -92,7 +93,6 @@ def _judged(run: Run, round_: int, tests) -> dict[str, tuple[TestCase, ...]]:
 
 def _train(run: Run, name: str, round_: int, policy, prm, tests, known, chunks):
   config, bench = run.config.rl, run.bench
-  problems = [p for p in run.known_problems(round_) if p.id in tests]
   loss_fn, start = loss_of(run.model, config), _start(run, policy)
   tx = optimizer(config.optim)
   trained, frozen = lora.partition(start)
@@ -102,38 +102,47 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, known, chunks):
     for loss in (loss_fn, imitation(run.model))
   )
   label, last, tokens, broken = f'{name}/policy', {}, 0, 0
-  with deferred() as stop, bench.store.checkpoints(name, 'policy') as saves:
-    found = saves.restore(state)
+  with deferred() as stop, bench.store.checkpoints(name, 'policy') as saves, background() as later:
+    ahead = Ahead(run, round_, tests, later)
+    found = saves.restore(_kept(state, ahead.blank()))
     begin = 0
     if found is not None:
-      begin, state, meta = found
+      begin, kept, meta = found
+      state = kept['state'] if config.staleness else kept
+      ahead.restore(begin, kept['ahead'] if config.staleness else {})
       last, tokens, broken = meta['last'], meta['tokens'], meta.get('broken', 0)
     bench.metrics.begin(label, after=begin)
     seen = [*known, *map(stepwise.from_row, chunks.rows(before=begin))]
     with bench.progress.bar(label, config.iterations, begin) as bar:
       for iteration in range(begin, config.iterations):
         seed = (run.config.run.seed * 1000 + round_) * 1000 + iteration
-        rng = np.random.default_rng(seed)
-        chosen = draw_problems(config, problems, seen, rng)
         params = lora.combine(state.params, frozen)
-        rollouts = roll_out(run, _policy_of(params), prm, chosen, tests, seed=seed)
+        drawn = ahead.take(iteration, _policy_of(params), seen)
+        rollouts = roll_out(run, prm, drawn)
         alpha = alpha_at(run, iteration)
         reference = policy if config.reference == 'start' else _policy_of(params)
-        learnt = _learn(run, update, state, params, reference, rollouts, alpha, iteration, rng)
+        learnt = _learn(run, update, state, params, reference, rollouts, alpha, drawn.rng)
         state, scalars, more = learnt
-        version = round_ * config.iterations + iteration
+        version = round_ * config.iterations + drawn.version
         seen += _record(run, chunks, iteration, rollouts, name, version)
         state, again = _replay(run, imitate, state, seen, seed)
         broken += more + again
         stop_if_broken(label, broken)
         tokens += rollouts.sampled_tokens
-        last = _summary(run, rollouts, alpha) | scalars
+        last = summary(config, rollouts, alpha, drawn.own.result()) | scalars
+        last |= {'behind': float(iteration - drawn.version)}
         bench.metrics.write(label, iteration + 1, last)
         bar.update(iteration + 1, f'outcome {last["outcome"]:.3f}')
-        saves.save(iteration + 1, state, {'last': last, 'tokens': tokens, 'broken': broken})
+        meta = {'last': last, 'tokens': tokens, 'broken': broken}
+        saves.save(iteration + 1, _kept(state, ahead.saved()), meta)
         stop.agree(wait=True)
         stop.check()
   return _policy_of(lora.combine(state.params, frozen)), last, tokens
+
+
+def _kept(state: TrainState, ahead: Arrays) -> Any:
+  """What a checkpoint holds: the state alone where nothing is drawn ahead."""
+  return {'state': state, 'ahead': ahead} if ahead else state
 
 
 def alpha_at(run: Run, iteration: int) -> float:
@@ -231,14 +240,23 @@ def _read(size: int, of: Callable[..., jax.Array], *args: Any) -> np.ndarray:
   return np.concatenate(parts)
 
 
-def _learn(run: Run, update, state, params, reference, rollouts: Rollouts, alpha, iteration, rng):
+def _learn(run: Run, update, state, params, reference, rollouts: Rollouts, alpha, rng):
   """The updates of one iteration: the state, the last metrics, how many were not finite."""
   config = run.config.rl
   rows = batch_sharding(run.bench.mesh)
-  batches = _minibatches(run, params, reference, rollouts, alpha, iteration, rng)
+  batches = _minibatches(run, params, reference, rollouts, alpha, rng)
   placed = (shard(batch, rows) for batch in batches)
   state, scalars, broken = run_updates(update, state, placed, max_kl=config.max_kl or None)
-  wanted = ('loss', 'grad_norm', 'skipped', 'clip_fraction', 'old_kl', 'accuracy', 'margin')
+  wanted = (
+    'loss',
+    'grad_norm',
+    'skipped',
+    'empty',
+    'clip_fraction',
+    'old_kl',
+    'accuracy',
+    'margin',
+  )
   wanted = (*wanted, 'updates')
   if config.algorithm != 'dpo':
     wanted = (*wanted, 'policy_loss', 'kl', 'imitation')
@@ -246,7 +264,7 @@ def _learn(run: Run, update, state, params, reference, rollouts: Rollouts, alpha
   return state, {k: scalars[k] for k in wanted if k in scalars}, broken
 
 
-def _minibatches(run: Run, params, reference, rollouts: Rollouts, alpha, iteration, rng):
+def _minibatches(run: Run, params, reference, rollouts: Rollouts, alpha, rng):
   config = run.config.rl
   size = config.minibatch
   if config.algorithm == 'dpo':
@@ -254,7 +272,7 @@ def _minibatches(run: Run, params, reference, rollouts: Rollouts, alpha, iterati
     ref_logprobs = lambda side: _read(size, row_logprobs, run.model, reference, side)  # noqa: E731
     whole = pair_batch(config, rollouts, alpha, ref_logprobs, config.rows // 2)
   else:
-    whole = _rollout_batch(run, params, reference, rollouts, alpha, iteration)
+    whole = _rollout_batch(run, params, reference, rollouts, alpha)
   count = len(jax.tree.leaves(whole)[0])
   ways = run.bench.mesh.shape['data'] * run.bench.mesh.shape['fsdp']
   size = min(size, max(count // ways, 1) * ways)  # fewer problems than asked for have tests
@@ -265,12 +283,10 @@ def _minibatches(run: Run, params, reference, rollouts: Rollouts, alpha, iterati
       yield jax.tree.map(lambda leaf, picked=picked: leaf[picked], whole)
 
 
-def _rollout_batch(
-  run: Run, params, reference, rollouts: Rollouts, alpha, iteration
-) -> RolloutBatch:
+def _rollout_batch(run: Run, params, reference, rollouts: Rollouts, alpha) -> RolloutBatch:
   """The iteration's batch, with what the configured loss reads of the models."""
   config = run.config.rl
-  args = {'version': iteration, 'ref_logprobs': np.zeros(rollouts.tokens.shape, np.float32)}
+  args = {'ref_logprobs': np.zeros(rollouts.tokens.shape, np.float32)}
   plain = rollout_batch(config, rollouts, alpha, values=None, **args)
   views = TokenBatch(plain.tokens, plain.positions, plain.segments, plain.mask)
   if config.kl_coef:
@@ -314,16 +330,3 @@ def _record(
   prompts = {p.id: steps_lib.prompt_of(p.statement) for p in rollouts.problems}
   chunks.write(iteration, [stepwise.to_row(t, prompts[t.problem_id]) for t in found])
   return found
-
-
-def _summary(run: Run, rollouts: Rollouts, alpha: float) -> dict[str, float]:
-  phi, _ = aggregate(run.config.rl, rollouts, alpha)
-  real = np.maximum(rollouts.mask.sum(), 1.0)
-  return {
-    'outcome': float(rollouts.outcome.mean()),
-    'phi': float(phi.mean()),
-    'process': float((rollouts.process * rollouts.mask).sum() / real),
-    'alpha': alpha,
-    'path_tokens': rollouts.sampled_tokens / len(rollouts.paths),
-    'masked': float((1.0 - rollouts.valid).sum()),
-  }

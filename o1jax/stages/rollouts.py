@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -18,13 +17,11 @@ from o1jax.config import RlConfig
 from o1jax.data.paths import step_ids_of
 from o1jax.losses import ppo
 from o1jax.losses import returns as returns_lib
-from o1jax.sampling.draw import Drawing
 from o1jax.stages.context import Run
-from o1jax.stages.evaluate import name_ids, sampler
+from o1jax.stages.drawn import Drawn, Verdicts
 from o1jax.stages.prm import score_paths
-from o1jax.types import Problem, Step, TestCase, Trajectory
+from o1jax.types import ACCEPTED, Problem, Step
 
-SOLVED_WEIGHT = 0.05  # of a problem whose latest roll-outs all succeeded, beside 1.05 if all failed
 KL = {'k1': returns_lib.kl_k1, 'k2': returns_lib.kl_k2, 'k3': returns_lib.kl_k3}
 
 
@@ -43,69 +40,36 @@ class Rollouts:
   logprobs: np.ndarray  # [B, T] float32
   step_ids: np.ndarray  # [B, T] int32
   sampled_tokens: int
+  version: int  # iterations that the sampling policy had learnt from
 
 
-def draw_problems(
-  config: RlConfig,
-  problems: Sequence[Problem],
-  seen: Iterable[Trajectory],
-  rng: np.random.Generator,
-) -> list[Problem]:
-  """`rl.problems` different ones, or all of fewer.
+def roll_out(run: Run, prm: Any, drawn: Drawn) -> Rollouts:
+  """The rewards of drawn paths; they are scored while their programs run.
 
-  All have the same chance, or with `rl.prioritised` one that falls with their latest success.
-  `seen` are roll-outs in the order of their making; those of one problem, origin and policy
-  belong together, and the last of them count. One that was never tried counts as failed.
+  A path that was cut off, or has more than `search.depth_limit` steps, is worth `rl.tau_fail` and
+  nothing for its process: reasoning that does not come to a program must not pay.
   """
-  weights = np.ones(len(problems))
-  if config.prioritised:
-    groups: dict[str, tuple[Any, list[bool]]] = {}
-    for t in seen:
-      made_by = (t.origin, t.policy_version)
-      if groups.get(t.problem_id, (None,))[0] != made_by:
-        groups[t.problem_id] = (made_by, [])
-      groups[t.problem_id][1].append(t.accepted)
-    solved = [np.mean(groups[p.id][1]) if p.id in groups else 0.0 for p in problems]
-    weights += SOLVED_WEIGHT - np.array(solved)
-  count = min(config.problems, len(problems))
-  picked = rng.choice(len(problems), count, replace=False, p=weights / weights.sum())
-  return [problems[i] for i in picked]
-
-
-def roll_out(
-  run: Run,
-  policy: Any,
-  prm: Any,
-  problems: Sequence[Problem],
-  tests: Mapping[str, tuple[TestCase, ...]],
-  *,
-  seed: int,
-) -> Rollouts:
-  """Samples `rl.group` paths of each problem, untruncated, and judges them."""
-  config = run.config.rl
-  prompts = [run.encoder.prompt(p) for p in problems]
-  draw = sampler(run, Drawing(config.temperature), run.config.search.rows)
-  with run.sampling(policy) as (policy,):
-    drawn = draw(policy, prompts, seed=seed, ids=name_ids(problems), samples=config.group)
-  repeated = [p for p in problems for _ in range(config.group)]
-  paths = [run.encoder.steps_of(drawn.ids(i)) for i in range(len(repeated))]
-  verdicts = run.executor.judge(repeated, paths, [tests[p.id] for p in repeated])
-  rates = np.array([0.0 if v is None else v.pass_rate for v in verdicts], np.float32)
-  # A path that never ends is worth tau_fail: it must not pay to write on.
+  config, steps = run.config.rl, run.config.search.depth_limit
+  scored = score_paths(run, prm, drawn.repeated, drawn.paths)
+  verdicts = drawn.verdicts.result()
+  ended = [
+    v is not None and len(path) <= steps for v, path in zip(verdicts, drawn.paths, strict=True)
+  ]
+  rates = [v.pass_rate if e else 0.0 for v, e in zip(verdicts, ended, strict=True)]
   valid = np.array([v is None or not v.masked for v in verdicts], np.float32)
-  steps = run.config.search.depth_limit
-  process = np.zeros((len(paths), steps), np.float32)
+  process = np.zeros((len(drawn.paths), steps), np.float32)
   mask = np.zeros_like(process)
-  for row, scores in enumerate(score_paths(run, prm, repeated, paths)):
-    process[row, : len(scores)] = 1.0 / (1.0 + np.exp(-np.asarray(scores)))
-    mask[row, : max(1, min(len(paths[row]), steps))] = 1.0
-  outcome = rewards.outcome(rates, config.tau_pass, config.tau_fail)
-  tokens, generated, logprobs = _rows(run, prompts, drawn)
+  for row, (scores, path) in enumerate(zip(scored, drawn.paths, strict=True)):
+    if ended[row]:
+      odds = np.maximum(scores, -700.0)  # float64's exp goes no further
+      process[row, : len(scores)] = 1.0 / (1.0 + np.exp(-odds))
+    mask[row, : max(1, min(len(path), steps))] = 1.0
+  tokens, generated, logprobs = _rows(run, drawn)
   step_ids = step_ids_of(tokens, generated, run.tokenizer.step_end_id, run.tokenizer.eos_id)
   return Rollouts(
-    repeated,
-    paths,
-    outcome.astype(np.float32),
+    drawn.repeated,
+    drawn.paths,
+    rewards.outcome(np.array(rates, np.float32), config.tau_pass, config.tau_fail),
     valid,
     process,
     mask,
@@ -113,18 +77,19 @@ def roll_out(
     generated,
     logprobs,
     np.minimum(step_ids, steps),
-    drawn.generated,
+    int(drawn.lengths.sum()),
+    drawn.version,
   )
 
 
-def _rows(run: Run, prompts, drawn):
+def _rows(run: Run, drawn: Drawn):
+  """Tokens, which of them are generated, log-probabilities: [B, T] each, prompt and path."""
   count, width = len(drawn.lengths), run.row_tokens
   tokens = np.zeros((count, width), np.int32)
   generated = np.zeros((count, width), bool)
   logprobs = np.zeros((count, width), np.float32)
-  group = count // len(prompts)
-  for row in range(count):
-    prompt, length = prompts[row // group], int(drawn.lengths[row])
+  for row, (problem, length) in enumerate(zip(drawn.repeated, drawn.lengths, strict=True)):
+    prompt = run.encoder.prompt(problem)
     start = len(prompt)
     tokens[row, :start] = prompt
     tokens[row, start : start + length] = drawn.tokens[row, :length]
@@ -202,7 +167,6 @@ def rollout_batch(
   rollouts: Rollouts,
   alpha: float,
   *,
-  version: int,
   ref_logprobs: np.ndarray,
   values: np.ndarray | None,
   now_logprobs: np.ndarray | None = None,
@@ -213,7 +177,6 @@ def rollout_batch(
     config: of the stage.
     rollouts: groups of `config.group` rows.
     alpha: weight of the outcome.
-    version: updates that the sampling policy had seen.
     ref_logprobs: [B, T] float32, of the reference.
     values: [B, T] float32, the critic's, or None without one.
     now_logprobs: [B, T] float32, of the policy before the first update, where the rollouts
@@ -247,5 +210,26 @@ def rollout_batch(
     advantages=(advantages * mask).astype(np.float32),
     returns=(targets * mask).astype(np.float32),
     imitate=(config.imitation_coef * solved).astype(np.float32),
-    version=np.full(len(mask), version, np.int32),
+    version=np.full(len(mask), rollouts.version, np.int32),
   )
+
+
+def summary(config: RlConfig, rollouts: Rollouts, alpha: float, own: Verdicts) -> dict[str, float]:
+  """Means over the rollouts of an iteration, for its line of metrics.
+
+  `undeserved` is the share that is paid as solved and fails the problem's own tests (`own`): where
+  it grows, the policy has found out what the generated tests do not see.
+  """
+  phi, _ = aggregate(config, rollouts, alpha)
+  failed = np.array([v is None or not (v.masked or v.status == ACCEPTED) for v in own])
+  undeserved = failed & (rollouts.outcome >= config.tau_pass)
+  real = np.maximum(rollouts.mask.sum(), 1.0)
+  return {
+    'outcome': float(rollouts.outcome.mean()),
+    'undeserved': float(undeserved.mean()),
+    'phi': float(phi.mean()),
+    'process': float((rollouts.process * rollouts.mask).sum() / real),
+    'alpha': alpha,
+    'path_tokens': rollouts.sampled_tokens / len(rollouts.paths),
+    'masked': float((1.0 - rollouts.valid).sum()),
+  }

@@ -133,8 +133,9 @@ def write_tests(run: Run, params: Any) -> dict[str, Cases]:
   """Generated tests of the train problems, by problem id, which the reference confirms.
 
   From `tcg.samples` parts a problem; an input occurs once, and at most `tcg.max_tests` are kept.
-  Problems with fewer than `tcg.min_tests` are left out: there is nothing to fall back to, and RL
-  goes without them. What was written in an earlier session is read, not sampled again.
+  Problems with fewer than `tcg.min_tests`, or with tests that an idle program passes, are left out:
+  there is nothing to fall back to, and RL goes without them. What was written in an earlier session
+  is read, not sampled again.
   """
   config, chunks = run.config.tcg, run.bench.store.chunks(_TESTS, 'tests')
   problems = [p for p in run.train if p.solutions]
@@ -149,7 +150,17 @@ def write_tests(run: Run, params: Any) -> dict[str, Cases]:
   kept = {
     row['problem_id']: tuple(TestCase(**case) for case in row['tests']) for row in chunks.rows()
   }
-  return {key: cases for key, cases in kept.items() if len(cases) >= config.min_tests}
+  return {
+    key: cases
+    for key, cases in kept.items()
+    if len(cases) >= config.min_tests and not idle_program_passes(cases)
+  }
+
+
+def idle_program_passes(cases: Cases) -> bool:
+  """Whether a program passes that computes nothing: it prints a constant, or what it is given."""
+  constant = len({case.output for case in cases}) == 1
+  return constant or all(case.input in (case.output, f'[{case.output}]') for case in cases)
 
 
 def _confirmed_rows(run: Run, params: Any, problems: Sequence[Problem]) -> list[dict[str, Any]]:
