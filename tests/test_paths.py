@@ -226,7 +226,7 @@ def test_tree_scores_are_those_of_the_descent():
   head = {n: head[n] + jax.random.normal(jax.random.key(3), a.shape) for n, a in head.items()}
   prm = {'trunk': tiny_params(), 'head': head}
   deep = draw_paths(np.random.default_rng(4), 3)
-  scorer = PrmScorer(MODEL, prm)
+  scorer = PrmScorer(MODEL, prm, rows=3)  # two chunks of steps
   state = scorer.start(*pad(PROMPTS, 16))
   many = TreeScorer(MODEL, prm, PROMPTS, STEPS, tokens=400, nodes=64)
   small = TreeScorer(MODEL, prm, PROMPTS, STEPS, tokens=110, nodes=64)
