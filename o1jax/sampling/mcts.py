@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from o1jax.models.transformer import Params
@@ -205,7 +204,7 @@ class _Growing:
     started = time.perf_counter()
     new = self._children(going, rollouts, steps, scores)
     widen = search.allowed is not None
-    self.tree, nodes = expand(self.tree, jnp.asarray(leaf), new, widen=widen)
+    self.tree, nodes = expand(self.tree, leaf, new, widen=widen)
     nodes = np.asarray(nodes)[going].reshape(-1)
     self.tree_s += time.perf_counter() - started
     for r, step, node in zip(rollouts, steps, nodes, strict=True):
@@ -253,7 +252,7 @@ class _Growing:
     )
     started = time.perf_counter()
     self.tree = jax.block_until_ready(
-      backup(self.tree, jnp.asarray(nodes), jnp.asarray(backed), ~jnp.isnan(backed))
+      backup(self.tree, nodes, backed.astype(np.float32), ~np.isnan(backed))
     )
     self.tree_s += time.perf_counter() - started
 
@@ -336,7 +335,7 @@ class _Growing:
     def spread(values, dtype):
       out = np.zeros((self.batch, width), dtype)
       out[going] = np.reshape(values, (-1, width))
-      return jnp.asarray(out)
+      return out  # handed to the device with the call: quicker than by itself
 
     logprobs = [sum(r.logprobs[: len(s)]) for r, s in zip(rollouts, steps, strict=True)]
     return NewChildren(
