@@ -85,7 +85,7 @@ class Case:
 
   def judge(self, jobs) -> list[float]:
     self.judged += len(jobs)
-    paths = [self.encoder.steps_of(tokens) for _, tokens in jobs]
+    paths = (self.encoder.steps_of(tokens) for _, tokens in jobs)
     problems = [self.problems[i % len(self.problems)] for i, _ in jobs]
     verdicts = self.executor.judge(problems, paths)
     return [float('nan') if v is None or v.masked else v.pass_rate for v in verdicts]
