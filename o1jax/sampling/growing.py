@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from o1jax.sampling.forest import Rollout
@@ -78,7 +77,7 @@ class Growing:
     started = time.perf_counter()
     new = self._children(going, rollouts, steps, scores)
     widen = search.allowed is not None
-    self.tree, nodes = expand(self.tree, jnp.asarray(leaf), new, widen=widen)
+    self.tree, nodes = expand(self.tree, leaf, new, widen=widen)
     nodes = np.asarray(nodes)[going].reshape(-1)
     self.tree_s += time.perf_counter() - started
     for r, step, node in zip(rollouts, steps, nodes, strict=True):
@@ -126,7 +125,7 @@ class Growing:
     )
     started = time.perf_counter()
     self.tree = jax.block_until_ready(
-      backup(self.tree, jnp.asarray(nodes), jnp.asarray(backed), ~jnp.isnan(backed))
+      backup(self.tree, nodes, backed.astype(np.float32), ~np.isnan(backed))
     )
     self.tree_s += time.perf_counter() - started
 
@@ -209,7 +208,7 @@ class Growing:
     def spread(values, dtype):
       out = np.zeros((self.batch, width), dtype)
       out[going] = np.reshape(values, (-1, width))
-      return jnp.asarray(out)
+      return out  # handed to the device with the call: quicker than by itself
 
     logprobs = [sum(r.logprobs[: len(s)]) for r, s in zip(rollouts, steps, strict=True)]
     return NewChildren(

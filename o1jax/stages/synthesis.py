@@ -198,7 +198,7 @@ def _trees(run: Run, policy: Any, prm: Any | None, name: str) -> Find:
 
   def find(part: Sequence[Problem], seed: int):
     def evaluate(new: Sequence[tuple[int, tuple[int, ...]]]) -> list[float]:
-      paths = [run.encoder.steps_of(tokens) for _, tokens in new]
+      paths = (run.encoder.steps_of(tokens) for _, tokens in new)
       verdicts = run.executor.judge([part[i] for i, _ in new], paths)
       values = [reward_of(run, v) for v in verdicts]
       return [math.nan if v is None else v for v in values]

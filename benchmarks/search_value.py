@@ -1,0 +1,347 @@
+"""What search is worth beside sampling, at equal generated tokens; last line one JSON object.
+
+    python benchmarks/search_value.py RUN [RUN ...] [--out DIR] [--problems 200] [--tune]
+
+RUN are folders of finished runs (`python -m o1jax.train --config configs/quickstart.yaml`), one a
+seed; they are only read. The base and the SFT policy of round 0 are searched with round 0's PRM,
+the last policy with the last PRM. A rule finds whole paths within a budget of generated tokens and
+answers with the one that the PRM likes best: no program is executed before it is judged. The
+baselines get as many samples as fit into what the costliest rule has drawn, rounded up. Majority
+is by behaviour (Li et al. 2022, "AlphaCode"): programs that print the same on the inputs of the
+problem's tests vote together, so that here, alone, programs run first.
+
+On training problems of round 1, which policies and PRM of round 0 have not seen, programs are
+executed: problems solved by guided descents and by UCT on outcome, each beside sampling with as
+many tokens.
+
+Outcomes are kept in `--out`, a file for each run, and not measured again. `--tune` tries settings
+on the dev split instead and prints what each solves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import numpy as np
+from loop import ranged, short, table
+from search_paths import Case, Descents, Found, Policy, Tokens, Trees
+
+from o1jax import config as config_lib
+from o1jax import search
+from o1jax.run import checkpoints
+from o1jax.sampling.draw import GREEDY
+from o1jax.sandbox.zygote import Zygote, strongest
+from o1jax.stages.context import Run
+from o1jax.stages.evaluate import interval
+from o1jax.stages.setup import opened
+
+BUDGETS = (100, 200, 400)  # generated tokens a problem; a greedy path takes some 35
+RESAMPLES = 2000
+BASELINES = ('greedy', 'majority', 'logprob', 'prm')
+Way = Descents | Trees
+
+# Chosen on dev, see docs/benchmarks.md.
+RULES: dict[str, dict[int, Way]] = {
+  'guided': {100: Descents(4), 200: Descents(10), 400: Descents(20)},
+  'puct': {
+    100: Trees(search.puct, 4, 4, mix=1.0),
+    200: Trees(search.puct, 4, 7, mix=1.0),
+    400: Trees(search.puct, 4, 14, mix=1.0),
+  },
+  'uct': {
+    100: Trees(search.uct, 4, 4, mix=1.0),
+    200: Trees(search.uct, 4, 7, mix=1.0),
+    400: Trees(search.uct, 4, 14, mix=1.0),
+  },
+  'gumbel': {
+    100: Trees(search.gumbel_interior, 4, 4, mix=1.0),
+    200: Trees(search.gumbel_interior, 4, 7, mix=1.0),
+    400: Trees(search.gumbel_interior, 4, 14, mix=1.0),
+  },
+}
+# Solved training problems: as the loop's synthesis searches.
+SYNTHESIS: dict[str, Way] = {
+  'guided, 1 descent': Descents(6, 1, temperature=0.5),
+  'guided, 2 descents': Descents(6, 2, temperature=0.5),
+  'guided, 4 descents': Descents(6, 4, temperature=0.5),
+  'UCT, 4 roll-outs': Trees(search.uct, 4, 1, mix=0.0, c=2.0),
+  'UCT, 12 roll-outs': Trees(search.uct, 4, 3, mix=0.0, c=2.0),
+}
+
+
+def policies(run: Run, folder: pathlib.Path) -> list[Policy]:
+  """Base, SFT and last policy of a finished run."""
+
+  def load(name: str) -> Any:
+    return checkpoints.load_tree(folder / 'stages' / name)
+
+  last = f'round{run.config.run.rounds - 1}'
+  first = load('round0/prm/prm')
+  return [
+    Policy('base', run.base, first),
+    Policy('round0/sft', load('round0/policy_sft/policy'), first),
+    Policy(f'{last}/rl', load(f'{last}/rl/policy'), load(f'{last}/prm/prm')),
+  ]
+
+
+def chosen(case: Case, found: Found, values: Sequence[Sequence[float]]) -> list[Tokens]:
+  """Of each problem the path of the largest value."""
+  return [paths[int(np.argmax(v))] for paths, v in zip(found.paths, values, strict=True)]
+
+
+def voted(case: Case, found: Found, weights: Sequence[Sequence[float]], ties) -> list[Tokens]:
+  """The best path, by `ties`, among those of the behaviour that has most weight."""
+  answers = []
+  for problem, paths, weight, tie in zip(case.problems, found.paths, weights, ties, strict=True):
+    behaviours = case.behaviours(problem, paths)
+    total = dict.fromkeys(behaviours, 0.0)
+    for behaviour, w in zip(behaviours, weight, strict=True):
+      total[behaviour] += w
+    total[None] = -1.0  # what ends in an error has no vote
+    rank = [(total[b], t) for b, t in zip(behaviours, tie, strict=True)]
+    answers.append(paths[max(range(len(paths)), key=rank.__getitem__)])
+  return answers
+
+
+def picks(case: Case, found: Found) -> dict[str, np.ndarray]:
+  """Outcomes [P] of every way to choose among the paths."""
+  ones = [[1.0] * len(paths) for paths in found.paths]
+  answers = {'prm': chosen(case, found, found.scores)}
+  answers['prm_vote'] = voted(case, found, found.scores, found.scores)
+  if found.logprobs:
+    answers['majority'] = voted(case, found, ones, found.logprobs)
+    answers['logprob'] = chosen(case, found, found.logprobs)
+  return {name: case.accepted(each) for name, each in answers.items()}
+
+
+def measure(case: Case, rules: dict[str, dict[int, Way]]) -> dict[str, Any]:
+  """For each budget: tokens a problem and outcomes of the rules and baselines."""
+  count, scorer = len(case.problems), case.scorer()
+  greedy = case.sample(1, GREEDY)
+  each = greedy.generated / count
+  result: dict[str, Any] = {}
+  for budget in BUDGETS:
+    rows = {}
+    for name, ways in rules.items():
+      found = ways[budget](case, scorer)
+      case.score(found, scorer)
+      rows[name] = row(case, found, picks(case, found)['prm'])
+    most = max(r['tokens'] for r in rows.values())
+    result[str(budget)] = rows, math.ceil(most / each)
+  samples = case.sample(max(n for _, n in result.values()))
+  case.score(samples, scorer)
+  for budget, (rows, n) in result.items():
+    found = samples.first(n)
+    outcomes = picks(case, found)
+    rows |= {name: row(case, found, outcomes[name]) for name in ('majority', 'logprob', 'prm')}
+    rows['greedy'] = row(case, greedy, case.accepted([paths[0] for paths in greedy.paths]))
+    result[budget] = rows | {'any sample': row(case, found, solved(case, found))}
+  return result
+
+
+def row(case: Case, found: Found, outcomes: np.ndarray) -> dict[str, Any]:
+  """What a way drew for a problem, and what came of it."""
+  return {'tokens': found.generated / len(case.problems), 'outcomes': outcomes.tolist()}
+
+
+def solved(case: Case, found: Found) -> np.ndarray:
+  """Whether any path of each problem is right, [P]."""
+  most = max(map(len, found.paths))
+  padded = [[paths[i % len(paths)] for paths in found.paths] for i in range(most)]
+  return np.max([case.accepted(answers) for answers in padded], axis=0)
+
+
+def synthesis(case: Case) -> dict[str, Any]:
+  """Training problems solved by search that is told outcomes, and by as many sampled tokens."""
+  rows: dict[str, Any] = {}
+  for name, way in SYNTHESIS.items():
+    found = way(case, None, case.outcomes) if isinstance(way, Trees) else way(case, None)
+    rows[name] = row(case, found, solved(case, found))
+  most = max(r['tokens'] for r in rows.values())
+  each = case.sample(1).generated / len(case.problems)
+  samples = case.sample(math.ceil(most / each))
+  for name in SYNTHESIS:
+    found = samples.first(max(1, round(rows[name]['tokens'] / each)))
+    rows[name]['sampling'] = row(case, found, solved(case, found))
+  return rows
+
+
+def one_run(folder: pathlib.Path, problems: int, zygote: Zygote) -> dict[str, Any]:
+  """All figures of a finished run."""
+  with reopened(folder) as run:
+    found: dict[str, Any] = {'test': {}, 'train': {}}
+    for policy in policies(run, folder):
+      case = Case(run, policy, run.test[:problems], zygote)
+      found['test'][policy.name] = timed(policy.name, functools.partial(measure, case, RULES))
+    first = policies(run, folder)[:2]
+    new = run.new_problems(1)[:problems]
+    for policy in first:
+      case = Case(run, policy, new, zygote)
+      found['train'][policy.name] = timed(policy.name, functools.partial(synthesis, case))
+  return found
+
+
+def timed(name: str, measured: Callable[[], dict]) -> dict:
+  """What is measured, with a word on stderr."""
+  start = time.perf_counter()
+  found = measured()
+  print(f'{name}: {time.perf_counter() - start:.0f} s', file=sys.stderr, flush=True)
+  return found
+
+
+@contextlib.contextmanager
+def reopened(folder: pathlib.Path) -> Iterator[Run]:
+  """The problems, base model and sandbox of a run, with another folder to write to."""
+  with tempfile.TemporaryDirectory() as scratch:
+    overrides = [f'run.dir={scratch}/run', 'metrics.tensorboard=false']
+    with opened(config_lib.load(folder / 'config.yaml', overrides), ()) as run:
+      yield run
+
+
+def tune(folder: pathlib.Path, problems: int, zygote: Zygote) -> None:
+  """What settings solve on dev, by policy, and which way to choose is best for each."""
+  with reopened(folder) as run:
+    for policy in policies(run, folder):
+      case = Case(run, policy, run.dev[:problems], zygote)
+      scorer = case.scorer()
+      rows = []
+      for name, way in GRID.items():
+        found = way(case, scorer)
+        case.score(found, scorer)
+        rows.append((name, found, picks(case, found)))
+      samples = case.sample(12)
+      case.score(samples, scorer)
+      for n in (3, 6, 12):
+        part = samples.first(n)
+        rows.append((f'{n} samples', part, picks(case, part)))
+      table(
+        f'{policy.name} on dev, {problems} problems',
+        ('setting', 'tokens', *PICKS),
+        [
+          (name, round(found.generated / problems), *(_mean(got.get(key)) for key in PICKS))
+          for name, found, got in rows
+        ],
+      )
+
+
+PICKS = ('prm', 'prm_vote', 'majority', 'logprob')
+GRID: dict[str, Way] = {
+  f'guided K={k} x {n}, temperature {t}': Descents(k, n, t)
+  for k, n, t in ((4, 1, 0.0), (10, 1, 0.0), (20, 1, 0.0), (5, 2, 0.5), (3, 4, 0.5), (5, 4, 0.5))
+} | {
+  f'{name} K={k} x {n}, mix {mix}, c {c}': Trees(rule, k, n, mix, c)
+  for name, rule in (('puct', search.puct), ('uct', search.uct), ('gumbel', search.gumbel_interior))
+  for k, n, mix in ((4, 7, 1.0), (8, 4, 1.0), (3, 2, 0.5), (3, 2, 0.0))
+  for c in ((0.1, 1.0) if name != 'gumbel' else (1.0,))
+}
+
+
+def _mean(outcomes: np.ndarray | None) -> float | str:
+  return '' if outcomes is None else float(outcomes.mean())
+
+
+def compare(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """Means over the runs of every way, and each rule's lead over the best baseline with its 95 %."""
+  found: dict[str, Any] = {}
+  for policy, budgets in runs[0]['test'].items():
+    for budget in budgets:
+      same = [run['test'][policy][budget] for run in runs]
+      mean = {name: np.mean([r[name]['outcomes'] for r in same], axis=0) for name in same[0]}
+      rival = max(BASELINES, key=lambda name: mean[name].mean())
+      rows = {}
+      for name, outcomes in mean.items():
+        tokens = float(np.mean([r[name]['tokens'] for r in same]))
+        rows[name] = {'tokens': round(tokens), 'solved': round(float(outcomes.mean()), 4)}
+        if name in RULES:
+          lead = outcomes - mean[rival]
+          ci95 = interval(lead, RESAMPLES)
+          rows[name] |= {'lead': round(float(lead.mean()), 4), 'lead_ci95': ci95}
+      found.setdefault(policy, {})[budget] = {'best_baseline': rival} | rows
+  return found
+
+
+def compare_synthesis(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """Solved by every search and by sampling as many tokens, means over the runs."""
+  found: dict[str, Any] = {}
+  for policy, rows in runs[0]['train'].items():
+    for name in rows:
+      same = [run['train'][policy][name] for run in runs]
+      ours = np.mean([r['outcomes'] for r in same], axis=0)
+      rest = np.mean([r['sampling']['outcomes'] for r in same], axis=0)
+      found.setdefault(policy, {})[name] = {
+        'tokens': round(float(np.mean([r['tokens'] for r in same]))),
+        'sampling_tokens': round(float(np.mean([r['sampling']['tokens'] for r in same]))),
+        'solved': round(float(ours.mean()), 4),
+        'sampling_solved': round(float(rest.mean()), 4),
+        'ratio': round(float(ours.mean() / rest.mean()), 2),
+        'lead_ci95': interval(ours - rest, RESAMPLES),
+      }
+  return found
+
+
+def show(test: dict[str, Any], train: dict[str, Any]) -> None:
+  """Both as Markdown."""
+  rows = []
+  for policy, budgets in test.items():
+    for budget, ways in budgets.items():
+      cells = [f'{short(ways[n]["solved"])} ({ways[n]["tokens"]})' for n in BASELINES]
+      cells.append(short(ways['any sample']['solved']))
+      for name in RULES:
+        way = ways[name]
+        lead = f'{way["lead"]:+.3f} {ranged(way["lead_ci95"])}'
+        cells.append(f'{short(way["solved"])} ({way["tokens"]}), {lead}')
+      rows.append((policy, budget, *cells))
+  table('Test problems', ('policy', 'budget', *BASELINES, 'any sample', *RULES), rows)
+  keys = ('tokens', 'solved', 'sampling_tokens', 'sampling_solved', 'ratio')
+  table(
+    'Training problems',
+    ('policy', 'search', *(key.replace('_', ' ') for key in keys), 'difference, 95 %'),
+    [
+      (policy, name, *(r[key] for key in keys), ranged(r['lead_ci95']))
+      for policy, found in train.items()
+      for name, r in found.items()
+    ],
+  )
+
+
+def main() -> None:
+  """Measures what is missing, and prints."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('runs', nargs='+', type=pathlib.Path, metavar='RUN')
+  parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/search_value'))
+  parser.add_argument('--problems', type=int, default=200)
+  parser.add_argument('--tune', action='store_true')
+  options = parser.parse_args()
+  zygote, _ = strongest()
+  with contextlib.closing(zygote):
+    if options.tune:
+      tune(options.runs[0], options.problems, zygote)
+      return
+    found = []
+    for folder in options.runs:
+      file = options.out / f'{folder.resolve().name}.json'
+      if not file.exists():
+        result = one_run(folder, options.problems, zygote)
+        options.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result))
+      found.append(json.loads(file.read_text()))
+  test, train = compare(found), compare_synthesis(found)
+  show(test, train)
+  print(json.dumps({'benchmark': 'search_value', 'runs': len(found), 'test': test, 'train': train}))
+
+
+if __name__ == '__main__':
+  main()
