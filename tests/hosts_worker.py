@@ -65,7 +65,7 @@ def trained(folder, mesh, kind=Batches):
 
 
 def laid_out(mesh):
-  """Parameters sharded for training, then for sampling: whether they are equal, and lie as asked."""
+  """Parameters sharded for training, then for sampling: whether they are equal, and lie there."""
   start = jax.device_get(params())
   trained = shard(start, param_shardings(mesh, MODEL, start))
   over = tensor_mesh(mesh, 2)
