@@ -238,10 +238,9 @@ def test_killed_in_a_bucket_it_ends_as_on_a_disk(lab, tmp_path):
       return subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, env=plain | cache)
 
   def summary(run):
-    rows = json.loads((run / 'summary.json').read_bytes())
-    return {
-      key: [{k: v for k, v in r.items() if k != 'seconds'} for r in rows[key]] for key in KEYS
-    }
+    found = json.loads((run / 'summary.json').read_bytes())
+    untimed = lambda row: {k: v for k, v in row.items() if k != 'seconds'}  # noqa: E731
+    return {key: [untimed(row) for row in found[key]] for key in KEYS}
 
   assert train(tmp_path / 'run').wait(1500) == 0, told.read_text()[-3000:]
   run = bucket.place('gs://lab/whole')
