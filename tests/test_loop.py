@@ -219,12 +219,12 @@ def test_killed_in_a_search_of_two_processes_one_goes_on_to_the_same_summary(tmp
 
 
 def flat(value, at=''):
-  """The numbers and names within a summary by where they stand."""
+  """The numbers of a summary by where they stand; what is no number is part of the place."""
   if isinstance(value, dict | list):
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
       yield from flat(inner, f'{at}/{key}')
   else:
-    yield at, value
+    yield (at, value) if isinstance(value, int | float) else (f'{at}={value}', 0)
 
 
 def under_way(folder):
