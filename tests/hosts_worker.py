@@ -21,6 +21,7 @@ from o1jax.data.pipeline import Batches, batches
 from o1jax.learn.objectives import sft_loss
 from o1jax.parallel import distributed, make_mesh, own_rows, param_shardings, shard
 from o1jax.parallel.join import join
+from o1jax.parallel.mesh import tensor_mesh
 from o1jax.run.metrics import Metrics
 from o1jax.run.progress import Progress
 from o1jax.run.stop import deferred
@@ -61,6 +62,16 @@ def trained(folder, mesh, kind=Batches):
     bench = Workbench(store, metrics, Progress(io.StringIO()), mesh, log_every=1)
     start = jax.device_get(params())
     return fit(bench, 'stage', 'lm', MODEL, start, sft_loss(MODEL), data, optim)[0]
+
+
+def laid_out(mesh):
+  """Parameters sharded for training, then for sampling: whether they are equal, and lie there."""
+  start = jax.device_get(params())
+  trained = shard(start, param_shardings(mesh, MODEL, start))
+  over = tensor_mesh(mesh, 2)
+  found = shard(trained, param_shardings(over, MODEL, trained))
+  same = jax.tree.map(np.array_equal, distributed.fetch(found), start)
+  return [all(jax.tree.leaves(same)), all(x.sharding.mesh == over for x in jax.tree.leaves(found))]
 
 
 def sampled(mesh):
@@ -147,6 +158,7 @@ def work(arguments):
     'first': distributed.from_first(lambda: distributed.index()),
     'fault': said(lambda: distributed.together(lambda: fault(1))),
     'tokens': sampled(mesh),
+    'laid_out': laid_out(mesh),
     'verdicts': verdicts,
     'ran': ran,
     'half': half_saved(config_lib.check({'run': {'dir': str(folder.with_name('half'))}})),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -13,6 +15,8 @@ import fake_bucket
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_loop import RESULTS as KEYS
+from test_loop import ROOT, SMALL
 
 from o1jax import config as config_lib
 from o1jax.config import ConfigError
@@ -221,40 +225,37 @@ def test_one_that_lost_its_lease_stops_before_it_saves(lab, folder):
 
 @pytest.mark.slow
 def test_killed_in_a_bucket_it_ends_as_on_a_disk(lab, tmp_path):
-  command = [sys.executable, '-m', 'o1jax.train', '--config', 'configs/smoke.yaml']
+  config = tmp_path / 'small.yaml'
+  config.write_text(SMALL.replace('checkpoint_every_s: 1000', 'checkpoint_every_s: 0.001'))
+  cache = {'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'compiled')}
+  cache |= {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2', 'PYTHONPATH': str(ROOT)}
   plain = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}  # one device
-  root = os.path.dirname(os.path.dirname(__file__))
+  told = tmp_path / 'told.txt'
 
   def train(run):
-    return subprocess.Popen(
-      [*command, f'run.dir={run}', 'run.checkpoint_every_s=0.5'],
-      stderr=subprocess.PIPE,
-      text=True,
-      cwd=root,
-      env=plain,
-    )
+    command = [sys.executable, '-m', 'o1jax.train', '--config', str(config), f'run.dir={run}']
+    with told.open('a') as file:
+      return subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, env=plain | cache)
 
-  def summary(text):
-    rows = json.loads(text)
-    keys = ('policy', 'tcg', 'prm', 'search')
-    return [[{k: v for k, v in r.items() if k != 'seconds'} for r in rows[key]] for key in keys]
+  def summary(run):
+    found = json.loads((run / 'summary.json').read_bytes())
+    untimed = lambda row: {k: v for k, v in row.items() if k != 'seconds'}  # noqa: E731
+    return {key: [untimed(row) for row in found[key]] for key in KEYS}
 
-  with train(tmp_path / 'run') as process:
-    told = process.communicate(timeout=1500)[1]
-  assert process.returncode == 0, told[-3000:]
-  want = summary((tmp_path / 'run' / 'summary.json').read_text())
+  assert train(tmp_path / 'run').wait(1500) == 0, told.read_text()[-3000:]
   run = bucket.place('gs://lab/whole')
-  for stage in ('round0/policy_sft', 'round1/rl'):  # killed in each, behind a save
-    with train(run) as process:
-      saved = f'stages/{stage}/checkpoints/'
-      while process.poll() is None and not any(n.startswith(saved) for n in names(lab, run)):
-        try:
-          process.wait(0.05)
-        except subprocess.TimeoutExpired:
-          continue
-      process.kill()
-    assert process.returncode == -9
-  with train(run) as process:
-    told = process.communicate(timeout=1500)[1]
-  assert process.returncode == 0, told[-3000:]
-  assert summary((run / 'summary.json').read_text()) == want
+  for stage in ('round0/policy_sft', 'round0/rl'):  # killed in each, behind a save
+    saved = re.compile(f'stages/{stage}/checkpoints/.*/commit_success.txt')
+    process = train(run)
+    while process.poll() is None and not any(map(saved.fullmatch, names(lab, run))):
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(0.05)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, told.read_text()[-3000:]
+  assert train(run).wait(1500) == 0, told.read_text()[-3000:]
+  assert summary(run) == summary(tmp_path / 'run')
+  lines = [json.loads(line) for line in (run / 'metrics.jsonl').read_bytes().splitlines()]
+  steps = [(line['stage'], line['step']) for line in lines]
+  assert len(set(steps)) == len(steps)
+  want = [json.loads(line) for line in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
+  assert sorted(steps) == sorted((line['stage'], line['step']) for line in want)

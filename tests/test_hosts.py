@@ -94,6 +94,10 @@ def test_two_processes_draw_the_tokens_of_one(stopped):
   assert [f['tokens'] for f in stopped[1]] == [want, want]
 
 
+def test_two_processes_lay_weights_out_anew_for_sampling(stopped):
+  assert [f['laid_out'] for f in stopped[1]] == [[True, True]] * 2
+
+
 def test_both_save_at_one_step_and_one_process_goes_on_over_another_mesh(stopped, tmp_path):
   folder = stopped[0]
   calm = hosts_worker.trained(tmp_path / 'calm', make_mesh(hosts_worker.MESH))

@@ -1,6 +1,7 @@
 """Weights in a layout of their own while they sample: which, the same tokens, none gathered."""
 
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from o1jax.sampling import decode
 from o1jax.sampling.cache import prefill
 from o1jax.sampling.draw import SAMPLE
 from o1jax.stages import layout, setup
+from o1jax.stages.context import Run
 
 FSDP = {'data': 2, 'fsdp': 4}
 # Cut out for one property each: 12 query heads divide over 4, 2 key heads over 2.
@@ -71,6 +73,26 @@ def test_the_same_tokens_as_in_the_layout_of_training(sampling):
     found = SAMPLER(laid_out, PROMPTS, seed=3, samples=3)
   np.testing.assert_array_equal(found.tokens, want.tokens)
   np.testing.assert_allclose(found.logprobs, want.logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stage_samples_within_its_mesh_and_leaves_it():
+  mesh, params = make_mesh(FSDP), weights()
+  trained = shard(params, param_shardings(mesh, MODEL, params))
+  config = config_of(sampling=2)
+  run = types.SimpleNamespace(config=config, model=MODEL, bench=types.SimpleNamespace(mesh=mesh))
+  with jax.set_mesh(mesh):
+    with Run.sampling(run, trained['trunk'], trained) as (policy, prm):
+      within = jax.sharding.get_mesh()
+      assert dict(within.shape) == {'data': 4, 'fsdp': 1, 'tensor': 2}
+      for tree in (policy, prm):
+        assert {x.sharding.mesh for x in jax.tree.leaves(tree)} == {within}
+    assert jax.sharding.get_mesh() == mesh
+  up = policy['layers']['up']
+  assert up.sharding.shard_shape(up.shape)[-2:] == (16, 16)  # whole but for the half of its width
+  jax.tree.map(np.testing.assert_array_equal, prm, params)
+  run.config = config_of(sampling='train')
+  with Run.sampling(run, trained) as (same,):
+    assert same is trained
 
 
 def gathered(mesh, model):

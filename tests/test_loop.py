@@ -246,6 +246,15 @@ def test_killed_in_a_search_of_two_processes_one_goes_on_to_the_same_summary(tmp
   assert over(folder, 1, config) == want
 
 
+def flat(value, at=''):
+  """The numbers of a summary by where they stand; what is no number is part of the place."""
+  if isinstance(value, dict | list):
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+      yield from flat(inner, f'{at}/{key}')
+  else:
+    yield (at, value) if isinstance(value, int | float) else (f'{at}={value}', 0)
+
+
 def under_way(folder):
   """The stage that was begun last and is not done; whether a save of it is half written."""
   begun = [p for p, _, _ in os.walk(folder / 'stages')]
@@ -334,8 +343,8 @@ def test_with_other_devices_in_the_middle_it_ends_with_the_same_summary(tmp_path
   for share, devices in ((0.35, 1), (0.7, 2)):
     process = going(folder, config, devices=devices)
     killed_at(process, folder, share * events(whole), 0.5, in_save=False)
-  got = finished(folder, config)
-  for key in RESULTS:
-    for mine, theirs in zip(got[key], want[key], strict=True):
-      # A sum over two devices rounds otherwise than over one.
-      assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4), key
+  # A sum over two devices rounds otherwise than over one. Seen: probabilities of the PRM differ by
+  # 1.4e-6 of themselves, losses by 7e-6, and no token, outcome or count does.
+  assert dict(flat(finished(folder, config))) == pytest.approx(dict(flat(want)), rel=1e-5)
+  for chunk in sorted(whole.glob('stages/**/trajectories/*.jsonl')):
+    assert (folder / chunk.relative_to(whole)).read_text() == chunk.read_text()
