@@ -202,6 +202,8 @@ def test_what_an_iteration_is_told(run, kept, monkeypatch):
     return dataclasses.replace(state, params=params), {}, 0
 
   class Ahead:
+    refuted = {}
+
     def __init__(self, run, round_, tests, later):
       del run, round_, tests, later
 
@@ -219,6 +221,7 @@ def test_what_an_iteration_is_told(run, kept, monkeypatch):
     '_learn': learn,
     'roll_out': lambda run, prm, drawn: types.SimpleNamespace(sampled_tokens=1),
     '_record': lambda run, chunks, k, rollouts, name, version: recorded.append(version) or [],
+    'refutations': lambda config, rollouts, own: [],
     '_replay': lambda run, imitate, state, seen, seed: (state, 0),
     'summary': lambda config, rollouts, alpha, own: {'outcome': 0.0},
   }
