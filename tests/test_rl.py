@@ -168,7 +168,7 @@ def test_rollouts_of_an_older_policy_are_weighed_by_the_present_one(run):
 )
 def test_an_iteration_raises_what_was_paid_for(run, changes):
   """Every algorithm through the stage's own batches and loss: the right paths become likelier."""
-  there, rollouts = with_rl(run, **changes, epochs=3, lr=1e-3), rollouts_of(run)
+  there, rollouts = with_rl(run, **changes, epochs=3, lr=1e-4), rollouts_of(run)
   config = there.config.rl
   start, tx = rl._start(there, run.base), optimizer(config.optim)
   state, update = init_state(start, tx), make_update(rl.loss_of(run.model, config), tx)
@@ -186,8 +186,8 @@ def test_an_iteration_raises_what_was_paid_for(run, changes):
     (np.asarray(rl.row_logprobs(run.model, params, views)) * views.loss_mask).sum(axis=1)
     for params in (run.base, rl._policy_of(state.params))
   ]
-  gained = (means[1] - means[0]).reshape(-1, 2)  # wrong, right
-  assert (gained[:, 1] > gained[:, 0]).all()
+  wrong, right = (means[1] - means[0]).reshape(-1, 2).mean(axis=0)
+  assert right > wrong + 0.01
 
 
 @pytest.mark.parametrize('kept', ['start', 'iteration'])
@@ -202,10 +202,9 @@ def test_what_an_iteration_is_told(run, kept, monkeypatch):
     return dataclasses.replace(state, params=params), {}, 0
 
   class Ahead:
-    refuted = {}
-
     def __init__(self, run, round_, tests, later):
       del run, round_, tests, later
+      self.refuted = {}
 
     def blank(self):
       return {}
