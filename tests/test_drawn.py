@@ -1,6 +1,7 @@
 """Paths drawn ahead: by which policy, how far, the same after a kill, programs meanwhile."""
 
 import contextlib
+import json
 import threading
 import types
 
@@ -129,9 +130,33 @@ def test_what_was_drawn_ahead_outlives_a_kill(staleness, stopped, calls):
       k: (v.shape, v.dtype) for k, v in first.blank().items()
     }
     again = drawn_lib.Ahead(stage(staleness), 0, TESTS, later)
-    again.restore(stopped, kept)
+    again.restore(stopped, kept, first.refuted)
     rest = [contents(d) for d in all_of(again, stopped)]
   assert rest == whole[stopped:]
+
+
+def test_an_own_test_that_refuted_a_paid_program_is_paid_for_too(calls):
+  class Asked(Executor):
+    def judge(self, problems, paths, tests=None):
+      if tests is not None:
+        self.asked.append({p.id: case for p, case in zip(problems, tests, strict=True)})
+      return [Verdict(ACCEPTED) for _ in paths]
+
+  run, resumed, refuted = stage(1, Asked()), stage(1, Asked()), PROBLEMS[1]
+  with drawn_lib.background() as later:
+    ahead = drawn_lib.Ahead(run, 0, TESTS, later)
+    all_of(ahead, 0, 1)
+    for _ in range(2):  # the same test twice is one
+      ahead.refute(refuted, 0)
+    again = drawn_lib.Ahead(resumed, 0, TESTS, later)
+    again.restore(1, ahead.saved(), json.loads(json.dumps(ahead.refuted)))
+    all_of(ahead, 1)
+    all_of(again, 1)
+  assert run.executor.asked[1:] == resumed.executor.asked
+  expected = {**TESTS, refuted.id: (*TESTS[refuted.id], *refuted.tests)}
+  assert any(refuted.id in asked for asked in resumed.executor.asked)
+  for asked in resumed.executor.asked:
+    assert asked == {key: expected[key] for key in asked}
 
 
 def test_programs_run_while_the_next_paths_are_drawn(calls):

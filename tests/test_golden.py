@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from o1jax.losses import dpo, ppo, prm, returns
+from o1jax.losses import dpo, ppo, prm, returns, sft
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / 'golden' / 'golden.json').read_text())
 
@@ -111,6 +111,19 @@ def test_preference_losses_are_those_of_trl():
   close(each(lambda m: dpo.dpo_loss(m, beta, smoothing), plain), golden['smoothed'])
   close(each(lambda m: dpo.dpo_loss(m, beta), by_length), golden['length_normalised'])
   close(each(lambda m: dpo.ipo_loss(m, beta), by_length), golden['ipo'])
+
+
+def test_sft_loss_and_gradient_are_those_of_torch():
+  x, _, golden = section('sft')
+  targets = x['targets'].astype(jnp.int32)
+
+  def loss(logits):
+    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+    return total(sft.nll_loss, logprobs, x['mask'])
+
+  actual, gradient = jax.value_and_grad(loss)(x['logits'])
+  close(actual, golden['loss'])
+  close(gradient, golden['gradient'])
 
 
 def test_process_reward_losses_are_those_of_trl_and_torch():

@@ -1,13 +1,19 @@
 """PRM metrics against definitions written out, on random ragged groups."""
 
 import math
+import types
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from o1jax.config import Config
+from o1jax.data.prefix_tree import by_problem
+from o1jax.data.steps import program_step
 from o1jax.learn import prm_metrics
+from o1jax.stages import prm
+from o1jax.types import Problem, Step, Trajectory
 
 SEEDS = st.integers(0, 10**6)
 few = settings(max_examples=40, deadline=None)
@@ -44,6 +50,48 @@ def test_order_metrics_count_pairs(seed, margin):
   )
   expected = share(scores, good.astype(float), np.zeros(len(scores)), 0.0)
   np.testing.assert_allclose(prm_metrics.auc(scores, good), expected, rtol=1e-12)
+
+
+@few
+@given(SEEDS)
+def test_the_stage_compares_siblings_with_the_log_probability(seed):
+  """Two problems' trees with random returns, against the metrics of flat arrays."""
+  rng = np.random.default_rng(seed)
+  found = [
+    Trajectory(
+      f'p{i % 2}',
+      (*(Step(2, str(x)) for x in rng.integers(0, 3, 2)), program_step(str(i % 3))),
+      reward=float(rng.integers(0, 2)),
+    )
+    for i in range(24)
+  ]
+  trees = by_problem(found)
+  keys = [(p, prefix) for p, tree in trees.items() for prefix in tree.nodes]
+  drawn = rng.normal(size=(2, len(keys))).tolist()
+  scores, logprobs = (dict(zip(keys, row, strict=True)) for row in drawn)
+  values = np.array([trees[p].nodes[prefix].value for p, prefix in keys])
+  groups = [str((p, prefix[:-1])) for p, prefix in keys]
+
+  def scored(run, prm, problems, paths):
+    pairs = zip(problems, paths, strict=True)
+    return [[scores[p.id, path[:j]] for j in range(1, len(path) + 1)] for p, path in pairs]
+
+  run = types.SimpleNamespace(config=Config())
+  problems = [Problem(p, '') for p in trees]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(prm, 'score_paths', scored)
+    told = prm.sibling_metrics(run, None, problems, trees, logprobs)
+  margin = run.config.prm.pair_margin
+  for prefix, table in (('', scores), ('logprob_', logprobs)):
+    flat = np.array([table[k] for k in keys])
+    # Good and bad are those with a success and those without one.
+    expected = {
+      'sibling_auc': prm_metrics.within_group_auc(flat, values > 0, groups),
+      'pair_accuracy': prm_metrics.pair_accuracy(flat, values, groups, margin),
+      'auc': prm_metrics.auc(flat, values > 0),
+    }
+    for name, value in expected.items():
+      np.testing.assert_allclose(told[prefix + name], np.nan_to_num(value), rtol=1e-9, err_msg=name)
 
 
 def test_a_shift_of_whole_groups_spoils_the_pooled_auc_and_not_the_one_within():

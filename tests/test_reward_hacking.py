@@ -217,6 +217,12 @@ def test_what_generated_tests_do_not_see_is_told(run, problem, monkeypatch):
   found, own = rolled(run, monkeypatch, problem, [honest(problem), constant], tests=(first,))
   assert found.outcome.tolist() == [1.0, 1.0]
   assert rollouts.summary(run.config.rl, found, 0.5, own)['undeserved'] == 0.5
+  ((refuted, failed),) = rollouts.refutations(run.config.rl, found, own)
+  assert refuted == problem and failed == 1  # the first of its own tests that wants another value
+  tests = (first, problem.tests[failed])  # as `Ahead.refute` has them from then on
+  found, own = rolled(run, monkeypatch, problem, [honest(problem), constant], tests=tests)
+  assert found.outcome.tolist() == [1.0, 0.0]
+  assert list(rollouts.refutations(run.config.rl, found, own)) == []
   masked = [Verdict(ACCEPTED, (TestResult(ACCEPTED),)), Verdict('sandbox_failure')]
   assert rollouts.summary(run.config.rl, found, 0.5, masked)['undeserved'] == 0.0
 

@@ -195,6 +195,9 @@ class RlConfig(Section):
   alpha_end: Share = 0.5  # and at the last
   alpha_schedule: Literal['linear', 'log', 'constant'] = 'linear'
   own_tests: bool = False  # of problems for which the TCG has no confirmed ones; else left out
+  # Where generated tests have paid for a program that the problem's own tests refuse, the first of
+  # these that it fails has to be passed too from the next iteration on.
+  counterexamples: bool = True
   tau_pass: float = 1.0  # outcome of a program that passes all tests
   tau_fail: float = 0.0
   negative_scale: NonNegative = 1.0  # multiplies negative advantages

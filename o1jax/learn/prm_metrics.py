@@ -70,7 +70,12 @@ def auc(scores: np.ndarray, good: np.ndarray) -> float:
     scores: [N], any that only need an order.
     good: [N] bool.
   """
-  return within_group_auc(scores, good, np.zeros(len(np.asarray(scores)), np.int64))
+  scores, good = _matched(scores, good)
+  _, place = np.unique(scores, return_inverse=True)
+  bad = np.bincount(place, 1.0 - good)  # by score, from the lowest on
+  below = np.cumsum(bad) - 0.5 * bad
+  pairs = good.sum() * (1.0 - good).sum()
+  return float((good * below[place]).sum() / pairs) if pairs else float('nan')
 
 
 def within_group_auc(scores: np.ndarray, good: np.ndarray, groups: np.ndarray) -> float:

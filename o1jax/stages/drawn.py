@@ -2,8 +2,8 @@
 
 The paths of an iteration are drawn when it begins, or up to `rl.staleness` iterations before: an
 older policy has then written them, which the importance weights of `losses.ppo` make up for.
-Programs run in the order of the draws, in a thread of their own: those of one iteration while the
-next is drawn, scored or learnt from.
+Programs run in a thread of their own: those of one iteration while the next is drawn, while the PRM
+scores, and, by the problems' own tests, while the policy learns.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ class Drawn:
   version: int  # iterations that this policy had learnt from
   rng: np.random.Generator  # for what is still to be drawn of the iteration
   paths: list[tuple[Step, ...]]
-  verdicts: concurrent.futures.Future[Verdicts]  # by the tests that are paid for
-  own: concurrent.futures.Future[Verdicts]  # by the problems' own tests
+  # From when their programs are on their way to the sandbox:
+  verdicts: concurrent.futures.Future[Verdicts] | None = None  # by the tests that are paid for
+  own: concurrent.futures.Future[Verdicts] | None = None  # by the problems' own tests
 
   @property
   def repeated(self) -> list[Problem]:
@@ -112,9 +113,10 @@ class Ahead:
     self._problems = [p for p in run.known_problems(round_) if p.id in tests]
     self._queue: deque[Drawn] = deque()
     self._next = 0  # the iteration to be drawn next
+    self._refuted: dict[str, list[int]] = {}  # own tests that are paid for too, by problem
 
   def take(self, iteration: int, policy: Any, seen: Sequence[Trajectory]) -> Drawn:
-    """The paths of `iteration`, after `policy` has drawn what may be drawn ahead of it.
+    """The paths of `iteration`; while their programs run, `policy` draws ahead what it may.
 
     Args:
       iteration: one more than the time before.
@@ -122,11 +124,23 @@ class Ahead:
       seen: what decides which problems are drawn.
     """
     config = self._run.config.rl
-    last = min(iteration + config.staleness, config.iterations - 1)
-    while self._next <= last:
-      self._queue.append(self._draw(self._next, iteration, policy, seen))
-      self._next += 1
-    return self._queue.popleft()
+    if self._next == iteration:
+      self._draw(iteration, policy, seen)
+    drawn = self._sent(self._queue.popleft())
+    while self._next <= min(iteration + config.staleness, config.iterations - 1):
+      self._draw(iteration, policy, seen)
+    return drawn
+
+  @property
+  def refuted(self) -> dict[str, list[int]]:
+    """Problem id -> numbers of its own tests that are paid for beside the generated ones."""
+    return self._refuted
+
+  def refute(self, problem: Problem, failed: int) -> None:
+    """From the next iteration on a program of `problem` is paid only if it passes this own test."""
+    known = self._refuted.setdefault(problem.id, [])
+    if failed not in known:
+      known.append(failed)
 
   def saved(self) -> Arrays:
     """What is drawn and not taken, in arrays of fixed shapes for a checkpoint; {} on policy."""
@@ -156,16 +170,15 @@ class Ahead:
       'lengths': np.zeros(shape, np.int32),
     }
 
-  def restore(self, iteration: int, arrays: Arrays) -> None:
-    """Takes over what `saved` kept before `iteration`."""
+  def restore(self, iteration: int, arrays: Arrays, refuted: Mapping[str, list[int]]) -> None:
+    """Takes over what `saved` and `refuted` were before `iteration`."""
     config = self._run.config.rl
-    self._next = iteration
+    self._next, self._refuted = iteration, {key: list(found) for key, found in refuted.items()}
     for slot in range(min(config.staleness, config.iterations - iteration)):
       problems = [self._problems[i] for i in arrays['problems'][slot]]
       rows = [np.asarray(arrays[name][slot]) for name in ('tokens', 'logprobs', 'lengths')]
       version = int(arrays['version'][slot])
-      self._queue.append(self._drawn(problems, *rows, version, self._rng(self._next)))
-      self._next += 1
+      self._push(problems, *rows, version, self._rng(self._next))
 
   def _seed(self, iteration: int) -> int:
     return (self._run.config.run.seed * 1000 + self._round) * 1000 + iteration
@@ -174,24 +187,30 @@ class Ahead:
     """Of the order of learning, for paths that may have to be restored."""
     return np.random.default_rng((self._seed(iteration), 1))
 
-  def _draw(self, iteration: int, version: int, policy: Any, seen: Sequence[Trajectory]) -> Drawn:
-    run, seed = self._run, self._seed(iteration)
+  def _draw(self, version: int, policy: Any, seen: Sequence[Trajectory]) -> None:
+    run, seed = self._run, self._seed(self._next)
     config, rng = run.config.rl, np.random.default_rng(seed)
     problems = draw_problems(config, self._problems, seen, rng)
     prompts = [run.encoder.prompt(p) for p in problems]
     draw = sampler(run, Drawing(config.temperature), run.config.search.rows)
     with run.sampling(policy) as (policy,):
       found = draw(policy, prompts, seed=seed, ids=name_ids(problems), samples=config.group)
-    rng = self._rng(iteration) if config.staleness else rng
-    return self._drawn(problems, found.tokens, found.logprobs, found.lengths, version, rng)
+    rng = self._rng(self._next) if config.staleness else rng
+    self._push(problems, found.tokens, found.logprobs, found.lengths, version, rng)
 
-  def _drawn(self, problems, tokens, logprobs, lengths, version, rng) -> Drawn:
-    """With its programs on their way to the sandbox."""
-    executor, group = self._run.executor, len(tokens) // len(problems)
+  def _push(self, problems, tokens, logprobs, lengths, version, rng) -> None:
     ids = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
     paths = [self._run.encoder.steps_of(row) for row in ids]
-    repeated = [p for p in problems for _ in range(group)]
-    paid = [self._tests[p.id] for p in repeated]
-    verdicts = self._later(lambda: executor.judge(repeated, paths, paid))
-    own = self._later(lambda: executor.judge(repeated, paths))
-    return Drawn(problems, tokens, logprobs, lengths, version, rng, paths, verdicts, own)
+    self._queue.append(Drawn(problems, tokens, logprobs, lengths, version, rng, paths))
+    self._next += 1
+
+  def _sent(self, drawn: Drawn) -> Drawn:
+    """With its programs on their way to the sandbox."""
+    judge, problems = self._run.executor.judge, drawn.repeated
+    own = {p.id: tuple(p.tests[i] for i in self._refuted.get(p.id, ())) for p in drawn.problems}
+    paid = [self._tests[p.id] + own[p.id] for p in problems]
+    return dataclasses.replace(
+      drawn,
+      verdicts=self._later(lambda: judge(problems, drawn.paths, paid)),
+      own=self._later(lambda: judge(problems, drawn.paths)),
+    )

@@ -197,9 +197,10 @@ def sibling_metrics(
 
   A step is good if some roll-out through it was accepted, bad if none was. AUC is
   over all (good, bad) sibling pairs of a prefix, ties count half; pair accuracy is
-  over siblings whose mean returns differ by more than `prm.pair_margin`. Log-loss (nats a
-  step), accuracy and the calibration curve (`[predicted, observed]`, 0 in an empty bin) compare
-  r of every step with its mean return.
+  over siblings whose mean returns differ by more than `prm.pair_margin`; `auc` is over all steps
+  of all problems, and also tells easy problems from hard ones. All are 0 where there is nothing
+  to compare. Log-loss (nats a step), accuracy and the calibration curve (`[predicted, observed]`,
+  0 in an empty bin) compare r of every step with its mean return.
 
   Args:
     run: the run.
@@ -228,17 +229,21 @@ def sibling_metrics(
     'logprob_sibling_auc': wins['auc'][1] / max(totals['auc'], 1),
     'logprob_pair_accuracy': wins['pair'][1] / max(totals['pair'], 1),
     'pairs': totals['pair'],
-  } | _said_and_seen(scores, trees)
+  } | _said_and_seen(scores, trees, logprobs)
 
 
-def _said_and_seen(scores, trees: dict[str, PrefixTree]) -> dict[str, Any]:
+def _said_and_seen(scores, trees: dict[str, PrefixTree], logprobs) -> dict[str, Any]:
   """What the scores say of each step beside the mean return that was seen."""
   said = np.array(list(scores.values()))
   seen = np.array([trees[problem_id].nodes[prefix].value for problem_id, prefix in scores])
   if not len(said):
     return {}
   curve = prm_metrics.calibration(said, seen)
+  sampled = np.array([logprobs[key] for key in scores])
+  order = [float(np.nan_to_num(prm_metrics.auc(x, seen > 0))) for x in (said, sampled)]
   return {
+    'auc': order[0],
+    'logprob_auc': order[1],
     'log_loss': prm_metrics.log_loss(said, seen),
     'accuracy': prm_metrics.accuracy(said, seen),
     'calibration_error': curve.error,

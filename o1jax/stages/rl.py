@@ -38,7 +38,7 @@ from o1jax.stages.evaluate import brief
 from o1jax.stages.fit import optimizer, over_frozen, place, stop_if_broken
 from o1jax.stages.pairs import pair_batch
 from o1jax.stages.policy_sft import verified_documents
-from o1jax.stages.rollouts import KL, Rollouts, roll_out, rollout_batch, summary
+from o1jax.stages.rollouts import KL, Rollouts, refutations, roll_out, rollout_batch, summary
 from o1jax.stages.synthesis import as_trajectories
 from o1jax.types import TestCase, Trajectory
 
@@ -109,7 +109,7 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, known, chunks):
     if found is not None:
       begin, kept, meta = found
       state = kept['state'] if config.staleness else kept
-      ahead.restore(begin, kept['ahead'] if config.staleness else {})
+      ahead.restore(begin, kept['ahead'] if config.staleness else {}, meta.get('refuted', {}))
       last, tokens, broken = meta['last'], meta['tokens'], meta.get('broken', 0)
     bench.metrics.begin(label, after=begin)
     seen = [*known, *map(stepwise.from_row, chunks.rows(before=begin))]
@@ -129,11 +129,14 @@ def _train(run: Run, name: str, round_: int, policy, prm, tests, known, chunks):
         broken += more + again
         stop_if_broken(label, broken)
         tokens += rollouts.sampled_tokens
-        last = summary(config, rollouts, alpha, drawn.own.result()) | scalars
+        own = drawn.own.result()
+        for problem, failed in refutations(config, rollouts, own) if config.counterexamples else ():
+          ahead.refute(problem, failed)
+        last = summary(config, rollouts, alpha, own) | scalars
         last |= {'behind': float(iteration - drawn.version)}
         bench.metrics.write(label, iteration + 1, last)
         bar.update(iteration + 1, f'outcome {last["outcome"]:.3f}')
-        meta = {'last': last, 'tokens': tokens, 'broken': broken}
+        meta = {'last': last, 'tokens': tokens, 'broken': broken, 'refuted': ahead.refuted}
         saves.save(iteration + 1, _kept(state, ahead.saved()), meta)
         stop.agree(wait=True)
         stop.check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import chex
@@ -212,6 +213,17 @@ def rollout_batch(
     imitate=(config.imitation_coef * solved).astype(np.float32),
     version=np.full(len(mask), rollouts.version, np.int32),
   )
+
+
+def refutations(
+  config: RlConfig, rollouts: Rollouts, own: Verdicts
+) -> Iterator[tuple[Problem, int]]:
+  """Problems for which a wrong program was paid as solved, and the first own test that it fails."""
+  for problem, outcome, verdict in zip(rollouts.problems, rollouts.outcome, own, strict=True):
+    if outcome >= config.tau_pass and verdict is not None and not verdict.masked:
+      failed = [i for i, test in enumerate(verdict.tests) if test.status != ACCEPTED]
+      if failed and problem.tests:
+        yield problem, failed[0]
 
 
 def summary(config: RlConfig, rollouts: Rollouts, alpha: float, own: Verdicts) -> dict[str, float]:

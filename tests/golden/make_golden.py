@@ -1,4 +1,4 @@
-"""Writes golden.json: what TRL's own functions say on fixed random inputs.
+"""Writes golden.json: what TRL's own functions, and torch's, say on fixed random inputs.
 
     python tests/golden/make_golden.py        # once with trl==0.11.4, once with trl==0.24.0
 
@@ -196,8 +196,22 @@ def reward() -> dict:
   return section(x, {}, outputs)
 
 
+def sft() -> dict:
+  """torch's cross-entropy and its gradient, the mean over the tokens that are not ignored."""
+  x = Inputs(4)
+  mask = x.mask()
+  logits = x.normal('logits', ROWS, TOKENS, VOCAB, scale=2).requires_grad_()
+  targets = x.keep('targets', x.rng.integers(0, VOCAB, (ROWS, TOKENS))).long()
+  wanted = torch.where(mask > 0, targets, -100)
+  loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+  loss.backward()
+  return section(x, {}, {'loss': loss, 'gradient': logits.grad}) | {
+    'trl': f'torch {torch.__version__}'
+  }
+
+
 def main() -> None:
-  made = (ppo,) if trl.__version__.startswith('0.11.') else (dpo, grpo, reward)
+  made = (ppo,) if trl.__version__.startswith('0.11.') else (dpo, grpo, reward, sft)
   path = HERE / 'golden.json'
   golden = json.loads(path.read_text()) if path.exists() else {}
   golden |= {function.__name__: function() for function in made}
