@@ -50,27 +50,17 @@ from o1jax.stages.setup import opened
 
 BUDGETS = (100, 200, 400)  # generated tokens a problem; a greedy path takes some 35
 RESAMPLES = 2000
-BASELINES = ('greedy', 'majority', 'logprob', 'prm')
+BASELINES = ('greedy', 'majority', 'logprob')
+WITH_PRM = ('prm', 'prm_vote')  # samples, of which the PRM chooses: the best, or by weighted vote
 Way = Descents | Trees
 
-# Chosen on dev, see docs/benchmarks.md.
+# Chosen on dev, see docs/benchmarks.md. A simulation of four children draws some 18 tokens.
+SIMULATIONS = {100: 6, 200: 11, 400: 22}
 RULES: dict[str, dict[int, Way]] = {
   'guided': {100: Descents(4), 200: Descents(10), 400: Descents(20)},
-  'puct': {
-    100: Trees(search.puct, 4, 4, mix=1.0),
-    200: Trees(search.puct, 4, 7, mix=1.0),
-    400: Trees(search.puct, 4, 14, mix=1.0),
-  },
-  'uct': {
-    100: Trees(search.uct, 4, 4, mix=1.0),
-    200: Trees(search.uct, 4, 7, mix=1.0),
-    400: Trees(search.uct, 4, 14, mix=1.0),
-  },
-  'gumbel': {
-    100: Trees(search.gumbel_interior, 4, 4, mix=1.0),
-    200: Trees(search.gumbel_interior, 4, 7, mix=1.0),
-    400: Trees(search.gumbel_interior, 4, 14, mix=1.0),
-  },
+  'puct': {b: Trees(search.puct, 4, n, mix=1.0, c=0.1) for b, n in SIMULATIONS.items()},
+  'uct': {b: Trees(search.uct, 4, n, mix=1.0, c=0.1) for b, n in SIMULATIONS.items()},
+  'gumbel': {b: Trees(search.gumbel_interior, 4, n, mix=1.0) for b, n in SIMULATIONS.items()},
 }
 # Solved training problems: as the loop's synthesis searches.
 SYNTHESIS: dict[str, Way] = {
@@ -146,7 +136,7 @@ def measure(case: Case, rules: dict[str, dict[int, Way]]) -> dict[str, Any]:
   for budget, (rows, n) in result.items():
     found = samples.first(n)
     outcomes = picks(case, found)
-    rows |= {name: row(case, found, outcomes[name]) for name in ('majority', 'logprob', 'prm')}
+    rows |= {name: row(case, found, each) for name, each in outcomes.items()}
     rows['greedy'] = row(case, greedy, case.accepted([paths[0] for paths in greedy.paths]))
     result[budget] = rows | {'any sample': row(case, found, solved(case, found))}
   return result
@@ -254,22 +244,27 @@ def _mean(outcomes: np.ndarray | None) -> float | str:
 
 
 def compare(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """Means over the runs of every way, and each rule's lead over the best baseline with its 95 %."""
+  """Means over the runs of every way, and what each rule is over the best of the others.
+
+  `over` are the best baseline, and the best of samples from which the PRM chooses: difference and
+  its 95 % interval, paired by problem.
+  """
   found: dict[str, Any] = {}
   for policy, budgets in runs[0]['test'].items():
     for budget in budgets:
       same = [run['test'][policy][budget] for run in runs]
       mean = {name: np.mean([r[name]['outcomes'] for r in same], axis=0) for name in same[0]}
-      rival = max(BASELINES, key=lambda name: mean[name].mean())
+      rivals = [max(names, key=lambda n: mean[n].mean()) for names in (BASELINES, WITH_PRM)]
       rows = {}
       for name, outcomes in mean.items():
         tokens = float(np.mean([r[name]['tokens'] for r in same]))
         rows[name] = {'tokens': round(tokens), 'solved': round(float(outcomes.mean()), 4)}
         if name in RULES:
-          lead = outcomes - mean[rival]
-          ci95 = interval(lead, RESAMPLES)
-          rows[name] |= {'lead': round(float(lead.mean()), 4), 'lead_ci95': ci95}
-      found.setdefault(policy, {})[budget] = {'best_baseline': rival} | rows
+          leads = {rival: outcomes - mean[rival] for rival in rivals}
+          rows[name]['over'] = {
+            n: [round(float(v.mean()), 4), *interval(v, RESAMPLES)] for n, v in leads.items()
+          }
+      found.setdefault(policy, {})[budget] = rows
   return found
 
 
@@ -294,17 +289,19 @@ def compare_synthesis(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def show(test: dict[str, Any], train: dict[str, Any]) -> None:
   """Both as Markdown."""
-  rows = []
+  names = (*BASELINES, *WITH_PRM, 'any sample', *RULES)
+  solved_rows, lead_rows = [], []
   for policy, budgets in test.items():
     for budget, ways in budgets.items():
-      cells = [f'{short(ways[n]["solved"])} ({ways[n]["tokens"]})' for n in BASELINES]
-      cells.append(short(ways['any sample']['solved']))
+      cells = [f'{short(ways[n]["solved"])} ({ways[n]["tokens"]})' for n in names]
+      solved_rows.append((policy, budget, *cells))
       for name in RULES:
-        way = ways[name]
-        lead = f'{way["lead"]:+.3f} {ranged(way["lead_ci95"])}'
-        cells.append(f'{short(way["solved"])} ({way["tokens"]}), {lead}')
-      rows.append((policy, budget, *cells))
-  table('Test problems', ('policy', 'budget', *BASELINES, 'any sample', *RULES), rows)
+        over = ways[name]['over'].items()
+        leads = [f'{mean:+.3f} [{low:+.3f}, {high:+.3f}] {n}' for n, (mean, low, high) in over]
+        lead_rows.append((policy, budget, name, *leads))
+  table('Test problems solved (tokens a problem)', ('policy', 'budget', *names), solved_rows)
+  head = ('policy', 'budget', 'rule', 'over the best baseline', 'over samples with the PRM')
+  table('Search over the best of the others, 95 %', head, lead_rows)
   keys = ('tokens', 'solved', 'sampling_tokens', 'sampling_solved', 'ratio')
   table(
     'Training problems',
