@@ -37,7 +37,6 @@ Tokens = tuple[int, ...]
 class Policy:
   """A policy of a run and the PRM that searches with it."""
 
-  name: str
   params: Any
   prm: Any
 

@@ -4,11 +4,12 @@
 
 RUN are folders of finished runs (`python -m o1jax.train --config configs/quickstart.yaml`), one a
 seed; they are only read. The base and the SFT policy of round 0 are searched with round 0's PRM,
-the last policy with the last PRM. A rule finds whole paths within a budget of generated tokens and
-answers with the one that the PRM likes best: no program is executed before it is judged. The
-baselines get as many samples as fit into what the costliest rule has drawn, rounded up. Majority
-is by behaviour (Li et al. 2022, "AlphaCode"): programs that print the same on the inputs of the
-problem's tests vote together, so that here, alone, programs run first.
+the last policy with the last PRM, and with one made after it, as a further round would make it. A
+rule finds whole paths within a budget of generated tokens and answers with the one that the PRM
+likes best: no program is executed before it is judged. The baselines get as many samples as fit
+into what the costliest rule has drawn, rounded up. Majority is by behaviour (Li et al. 2022,
+"AlphaCode"): programs that print the same on the inputs of the problem's tests vote together, so
+that here, alone, programs run first.
 
 On training problems of round 1, which policies and PRM of round 0 have not seen, programs are
 executed: problems solved by guided descents and by UCT on outcome, each beside sampling with as
@@ -22,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import math
 import os
@@ -41,36 +41,28 @@ from search_paths import Case, Descents, Found, Policy, Tokens, Trees
 
 from o1jax import config as config_lib
 from o1jax import search
-from o1jax.run import checkpoints
+from o1jax.data import stepwise
+from o1jax.run import checkpoints, files
 from o1jax.sampling.draw import GREEDY
 from o1jax.sandbox.zygote import Zygote, strongest
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import interval
+from o1jax.stages.prm import train_prm
 from o1jax.stages.setup import opened
 
 BUDGETS = (100, 200, 400)  # generated tokens a problem; a greedy path takes some 35
 RESAMPLES = 2000
-BASELINES = ('greedy', 'majority', 'logprob', 'prm')
+BASELINES = ('greedy', 'majority', 'logprob')
+WITH_PRM = ('prm', 'prm_vote')  # samples, of which the PRM chooses: the best, or by weighted vote
 Way = Descents | Trees
 
-# Chosen on dev, see docs/benchmarks.md.
+# Chosen on dev, see docs/benchmarks.md. A simulation of four children draws some 18 tokens.
+SIMULATIONS = {100: 6, 200: 11, 400: 22}
 RULES: dict[str, dict[int, Way]] = {
   'guided': {100: Descents(4), 200: Descents(10), 400: Descents(20)},
-  'puct': {
-    100: Trees(search.puct, 4, 4, mix=1.0),
-    200: Trees(search.puct, 4, 7, mix=1.0),
-    400: Trees(search.puct, 4, 14, mix=1.0),
-  },
-  'uct': {
-    100: Trees(search.uct, 4, 4, mix=1.0),
-    200: Trees(search.uct, 4, 7, mix=1.0),
-    400: Trees(search.uct, 4, 14, mix=1.0),
-  },
-  'gumbel': {
-    100: Trees(search.gumbel_interior, 4, 4, mix=1.0),
-    200: Trees(search.gumbel_interior, 4, 7, mix=1.0),
-    400: Trees(search.gumbel_interior, 4, 14, mix=1.0),
-  },
+  'puct': {b: Trees(search.puct, 4, n, mix=1.0, c=0.1) for b, n in SIMULATIONS.items()},
+  'uct': {b: Trees(search.uct, 4, n, mix=1.0, c=0.1) for b, n in SIMULATIONS.items()},
+  'gumbel': {b: Trees(search.gumbel_interior, 4, n, mix=1.0) for b, n in SIMULATIONS.items()},
 }
 # Solved training problems: as the loop's synthesis searches.
 SYNTHESIS: dict[str, Way] = {
@@ -82,19 +74,24 @@ SYNTHESIS: dict[str, Way] = {
 }
 
 
-def policies(run: Run, folder: pathlib.Path) -> list[Policy]:
-  """Base, SFT and last policy of a finished run."""
-
-  def load(name: str) -> Any:
-    return checkpoints.load_tree(folder / 'stages' / name)
-
+def policies(run: Run, folder: pathlib.Path) -> dict[str, Callable[[], Policy]]:
+  """Base, SFT and last policy of a finished run, the last with a PRM made after it too."""
+  load = lambda name: checkpoints.load_tree(folder / 'stages' / name)  # noqa: E731
   last = f'round{run.config.run.rounds - 1}'
-  first = load('round0/prm/prm')
-  return [
-    Policy('base', run.base, first),
-    Policy('round0/sft', load('round0/policy_sft/policy'), first),
-    Policy(f'{last}/rl', load(f'{last}/rl/policy'), load(f'{last}/prm/prm')),
-  ]
+  final = lambda prm: Policy(load(f'{last}/rl/policy'), prm)  # noqa: E731
+  return {
+    'base': lambda: Policy(run.base, load('round0/prm/prm')),
+    'round0/sft': lambda: Policy(load('round0/policy_sft/policy'), load('round0/prm/prm')),
+    f'{last}/rl': lambda: final(load(f'{last}/prm/prm')),
+    f'{last}/rl, new PRM': lambda: final(new_prm(run, folder, load(f'{last}/rl/policy'))),
+  }
+
+
+def new_prm(run: Run, folder: pathlib.Path, policy: Any) -> Any:
+  """The PRM as one more round would make it: from the last policy, on all of the run's paths."""
+  paths = sorted((folder / 'stages').glob('round*/**/trajectories/*.jsonl'))
+  rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+  return train_prm(run, run.config.run.rounds, policy, [stepwise.from_row(r) for r in rows])
 
 
 def chosen(case: Case, found: Found, values: Sequence[Sequence[float]]) -> list[Tokens]:
@@ -146,7 +143,7 @@ def measure(case: Case, rules: dict[str, dict[int, Way]]) -> dict[str, Any]:
   for budget, (rows, n) in result.items():
     found = samples.first(n)
     outcomes = picks(case, found)
-    rows |= {name: row(case, found, outcomes[name]) for name in ('majority', 'logprob', 'prm')}
+    rows |= {name: row(case, found, each) for name, each in outcomes.items()}
     rows['greedy'] = row(case, greedy, case.accepted([paths[0] for paths in greedy.paths]))
     result[budget] = rows | {'any sample': row(case, found, solved(case, found))}
   return result
@@ -179,27 +176,23 @@ def synthesis(case: Case) -> dict[str, Any]:
   return rows
 
 
-def one_run(folder: pathlib.Path, problems: int, zygote: Zygote) -> dict[str, Any]:
-  """All figures of a finished run."""
+def one_run(folder: pathlib.Path, problems: int, zygote: Zygote, out: pathlib.Path) -> None:
+  """Adds to the file `out` what it lacks of the figures of a finished run."""
+  found = files.read_json(out) or {'test': {}, 'train': {}}
   with reopened(folder) as run:
-    found: dict[str, Any] = {'test': {}, 'train': {}}
-    for policy in policies(run, folder):
-      case = Case(run, policy, run.test[:problems], zygote)
-      found['test'][policy.name] = timed(policy.name, functools.partial(measure, case, RULES))
-    first = policies(run, folder)[:2]
-    new = run.new_problems(1)[:problems]
-    for policy in first:
-      case = Case(run, policy, new, zygote)
-      found['train'][policy.name] = timed(policy.name, functools.partial(synthesis, case))
-  return found
-
-
-def timed(name: str, measured: Callable[[], dict]) -> dict:
-  """What is measured, with a word on stderr."""
-  start = time.perf_counter()
-  found = measured()
-  print(f'{name}: {time.perf_counter() - start:.0f} s', file=sys.stderr, flush=True)
-  return found
+    for split, there in found.items():
+      for name, policy in policies(run, folder).items():
+        if name in there or (split == 'train' and name not in ('base', 'round0/sft')):
+          continue
+        start = time.perf_counter()
+        if split == 'test':
+          there[name] = measure(Case(run, policy(), run.test[:problems], zygote), RULES)
+        else:
+          there[name] = synthesis(Case(run, policy(), run.new_problems(1)[:problems], zygote))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(out, found)
+        seconds = time.perf_counter() - start
+        print(f'{split} {name}: {seconds:.0f} s', file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -207,15 +200,15 @@ def reopened(folder: pathlib.Path) -> Iterator[Run]:
   """The problems, base model and sandbox of a run, with another folder to write to."""
   with tempfile.TemporaryDirectory() as scratch:
     overrides = [f'run.dir={scratch}/run', 'metrics.tensorboard=false']
-    with opened(config_lib.load(folder / 'config.yaml', overrides), ()) as run:
+    with opened(config_lib.load(folder / 'config.yaml', overrides), ('prm',)) as run:
       yield run
 
 
 def tune(folder: pathlib.Path, problems: int, zygote: Zygote) -> None:
   """What settings solve on dev, by policy, and which way to choose is best for each."""
   with reopened(folder) as run:
-    for policy in policies(run, folder):
-      case = Case(run, policy, run.dev[:problems], zygote)
+    for policy, made in policies(run, folder).items():
+      case = Case(run, made(), run.dev[:problems], zygote)
       scorer = case.scorer()
       rows = []
       for name, way in GRID.items():
@@ -228,7 +221,7 @@ def tune(folder: pathlib.Path, problems: int, zygote: Zygote) -> None:
         part = samples.first(n)
         rows.append((f'{n} samples', part, picks(case, part)))
       table(
-        f'{policy.name} on dev, {problems} problems',
+        f'{policy} on dev, {problems} problems',
         ('setting', 'tokens', *PICKS),
         [
           (name, round(found.generated / problems), *(_mean(got.get(key)) for key in PICKS))
@@ -238,14 +231,14 @@ def tune(folder: pathlib.Path, problems: int, zygote: Zygote) -> None:
 
 
 PICKS = ('prm', 'prm_vote', 'majority', 'logprob')
+RULE_FUNCTIONS = {'puct': search.puct, 'uct': search.uct, 'gumbel': search.gumbel_interior}
 GRID: dict[str, Way] = {
   f'guided K={k} x {n}, temperature {t}': Descents(k, n, t)
-  for k, n, t in ((4, 1, 0.0), (10, 1, 0.0), (20, 1, 0.0), (5, 2, 0.5), (3, 4, 0.5), (5, 4, 0.5))
+  for k, n, t in ((4, 1, 0.0), (10, 1, 0.0), (20, 1, 0.0), (5, 2, 0.5), (3, 4, 0.5))
 } | {
   f'{name} K={k} x {n}, mix {mix}, c {c}': Trees(rule, k, n, mix, c)
-  for name, rule in (('puct', search.puct), ('uct', search.uct), ('gumbel', search.gumbel_interior))
-  for k, n, mix in ((4, 7, 1.0), (8, 4, 1.0), (3, 2, 0.5), (3, 2, 0.0))
-  for c in ((0.1, 1.0) if name != 'gumbel' else (1.0,))
+  for name, rule in RULE_FUNCTIONS.items()
+  for k, n, mix, c in ((4, 7, 1.0, 0.1), (4, 7, 1.0, 1.0), (3, 2, 0.5, 0.1), (3, 2, 0.0, 0.1))
 }
 
 
@@ -254,22 +247,27 @@ def _mean(outcomes: np.ndarray | None) -> float | str:
 
 
 def compare(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """Means over the runs of every way, and each rule's lead over the best baseline with its 95 %."""
+  """Means over the runs of every way, and what each rule is over the best of the others.
+
+  `over` are the best baseline, and the best of samples from which the PRM chooses: difference and
+  its 95 % interval, paired by problem.
+  """
   found: dict[str, Any] = {}
   for policy, budgets in runs[0]['test'].items():
     for budget in budgets:
       same = [run['test'][policy][budget] for run in runs]
       mean = {name: np.mean([r[name]['outcomes'] for r in same], axis=0) for name in same[0]}
-      rival = max(BASELINES, key=lambda name: mean[name].mean())
+      rivals = [max(names, key=lambda n: mean[n].mean()) for names in (BASELINES, WITH_PRM)]
       rows = {}
       for name, outcomes in mean.items():
         tokens = float(np.mean([r[name]['tokens'] for r in same]))
         rows[name] = {'tokens': round(tokens), 'solved': round(float(outcomes.mean()), 4)}
         if name in RULES:
-          lead = outcomes - mean[rival]
-          ci95 = interval(lead, RESAMPLES)
-          rows[name] |= {'lead': round(float(lead.mean()), 4), 'lead_ci95': ci95}
-      found.setdefault(policy, {})[budget] = {'best_baseline': rival} | rows
+          leads = {rival: outcomes - mean[rival] for rival in rivals}
+          rows[name]['over'] = {
+            n: [round(float(v.mean()), 4), *interval(v, RESAMPLES)] for n, v in leads.items()
+          }
+      found.setdefault(policy, {})[budget] = rows
   return found
 
 
@@ -294,17 +292,19 @@ def compare_synthesis(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def show(test: dict[str, Any], train: dict[str, Any]) -> None:
   """Both as Markdown."""
-  rows = []
+  names = (*BASELINES, *WITH_PRM, 'any sample', *RULES)
+  solved_rows, lead_rows = [], []
   for policy, budgets in test.items():
     for budget, ways in budgets.items():
-      cells = [f'{short(ways[n]["solved"])} ({ways[n]["tokens"]})' for n in BASELINES]
-      cells.append(short(ways['any sample']['solved']))
+      cells = [f'{short(ways[n]["solved"])} ({ways[n]["tokens"]})' for n in names]
+      solved_rows.append((policy, budget, *cells))
       for name in RULES:
-        way = ways[name]
-        lead = f'{way["lead"]:+.3f} {ranged(way["lead_ci95"])}'
-        cells.append(f'{short(way["solved"])} ({way["tokens"]}), {lead}')
-      rows.append((policy, budget, *cells))
-  table('Test problems', ('policy', 'budget', *BASELINES, 'any sample', *RULES), rows)
+        over = ways[name]['over'].items()
+        leads = [f'{mean:+.3f} [{low:+.3f}, {high:+.3f}] {n}' for n, (mean, low, high) in over]
+        lead_rows.append((policy, budget, name, *leads))
+  table('Test problems solved (tokens a problem)', ('policy', 'budget', *names), solved_rows)
+  head = ('policy', 'budget', 'rule', 'over the best baseline', 'over samples with the PRM')
+  table('Search over the best of the others, 95 %', head, lead_rows)
   keys = ('tokens', 'solved', 'sampling_tokens', 'sampling_solved', 'ratio')
   table(
     'Training problems',
@@ -333,11 +333,8 @@ def main() -> None:
     found = []
     for folder in options.runs:
       file = options.out / f'{folder.resolve().name}.json'
-      if not file.exists():
-        result = one_run(folder, options.problems, zygote)
-        options.out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result))
-      found.append(json.loads(file.read_text()))
+      one_run(folder, options.problems, zygote, file)
+      found.append(files.read_json(file))
   test, train = compare(found), compare_synthesis(found)
   show(test, train)
   print(json.dumps({'benchmark': 'search_value', 'runs': len(found), 'test': test, 'train': train}))
