@@ -6,7 +6,8 @@ Random weights of the embedded default's size on whatever device JAX finds, by t
 prefill, decoding loop and train step (SFT, AdamW behind a gradient clip), rows over `--data`
 devices: on a CPU what `mesh.data` of a run starts, -1 one for each core.
 `--reference` runs transformers + torch (the `parity` extra) on the same shapes
-in the same process. Best of the repeats, in generated or trained tokens a second.
+in the same process; the two take turns. Best of the repeats, in generated or trained tokens a
+second.
 """
 
 from __future__ import annotations
@@ -41,19 +42,8 @@ SHAPES = {
   'small': ModelConfig(1024, 96, 3, 4, 1, 256, head_dim=24),
   'wide': ModelConfig(512, 128, 4, 4, 4, 352),
 }
-PROMPT, NEW = 48, 96
+PROMPT, NEW, DECODE_ROWS = 48, 96, (16, 128)
 TRAIN_ROWS, TRAIN_TOKENS = 64, 96
-
-
-def best_of(repeats, function):
-  """Seconds of the fastest call, the first (compiling) one left out."""
-  jax.block_until_ready(function())
-  seconds = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    jax.block_until_ready(function())
-    seconds.append(time.perf_counter() - start)
-  return min(seconds)
 
 
 def generate(model, params, prompt, keys):
@@ -80,54 +70,58 @@ def trainer(model, params, tokens):
   return step
 
 
-def measure(model, params, repeats):
-  rng = np.random.default_rng(0)
+def ours(model, params):
+  """Name -> (tokens, a function that generates or trains on so many)."""
+  rng, cases = np.random.default_rng(0), {}
 
   def draw(*shape):
     return rng.integers(3, model.config.vocab_size, shape).astype(np.int32)
 
-  result = {}
-  for rows in (16, 128, 512):
+  for rows in DECODE_ROWS:
     prompt, keys = spread(draw(rows, PROMPT)), jax.random.split(jax.random.key(0), rows)
-    seconds = best_of(repeats, functools.partial(generate, model, params, prompt, keys))
-    result[f'decode{rows}_tokens_per_s'] = rows * NEW / seconds
+    function = functools.partial(generate, model, params, prompt, keys)
+    cases[f'decode{rows}_tokens_per_s'] = rows * NEW, function
   step = trainer(model, params, draw(TRAIN_ROWS, TRAIN_TOKENS))
-  result['train_tokens_per_s'] = TRAIN_ROWS * TRAIN_TOKENS / best_of(3 * repeats, step)
-  return result
+  return cases | {'train_tokens_per_s': (TRAIN_ROWS * TRAIN_TOKENS, step)}
 
 
-def measure_reference(model, params, repeats):
+def reference(model, params):
   """The same work by transformers on torch, from the same weights."""
   import torch
   import transformers
 
   with tempfile.TemporaryDirectory() as folder:
     hf.save(folder, model, params)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
-  rng, result = np.random.default_rng(0), {}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+  rng, cases = np.random.default_rng(0), {}
 
   def draw(*shape):
     return torch.from_numpy(rng.integers(3, model.config.vocab_size, shape))
 
-  def generate(prompt):
-    return reference.generate(
-      prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0
-    )
-
-  for rows in (16, 128, 512):
-    prompt = draw(rows, PROMPT)
-    seconds = best_of(repeats, lambda p=prompt: generate(p))
-    result[f'reference_decode{rows}_tokens_per_s'] = rows * NEW / seconds
-  optimizer, tokens = torch.optim.AdamW(reference.parameters()), draw(TRAIN_ROWS, TRAIN_TOKENS)
+  greedy = {'max_new_tokens': NEW, 'min_new_tokens': NEW, 'do_sample': False, 'pad_token_id': 0}
+  for rows in DECODE_ROWS:
+    function = functools.partial(theirs.generate, draw(rows, PROMPT), **greedy)
+    cases[f'reference_decode{rows}_tokens_per_s'] = rows * NEW, function
+  optimizer, tokens = torch.optim.AdamW(theirs.parameters()), draw(TRAIN_ROWS, TRAIN_TOKENS)
 
   def step():
     optimizer.zero_grad()
-    reference(tokens, labels=tokens).loss.backward()
+    theirs(tokens, labels=tokens).loss.backward()
     optimizer.step()
 
-  seconds = best_of(repeats, step)
-  result['reference_train_tokens_per_s'] = TRAIN_ROWS * TRAIN_TOKENS / seconds
-  return result
+  return cases | {'reference_train_tokens_per_s': (TRAIN_ROWS * TRAIN_TOKENS, step)}
+
+
+def measure(cases, repeats):
+  """Tokens a second of each case, the fastest of the repeats; the cases take turns."""
+  seconds = dict.fromkeys(cases, float('inf'))
+  for repeat in range(repeats + 1):
+    for name, (_, function) in cases.items():
+      start = time.perf_counter()
+      jax.block_until_ready(function())
+      if repeat:  # the first compiles
+        seconds[name] = min(seconds[name], time.perf_counter() - start)
+  return {name: round(tokens / seconds[name]) for name, (tokens, _) in cases.items()}
 
 
 def main():
@@ -144,10 +138,9 @@ def main():
   result |= {'device': jax.devices()[0].device_kind, 'devices': mesh.size, 'cores': os.cpu_count()}
   with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
     placed = shard(params, param_shardings(mesh, model, params)) if mesh.size > 1 else params
-    result |= measure(model, placed, args.repeats)
-  if args.reference:
-    result |= measure_reference(model, params, args.repeats)
-  print(json.dumps({k: round(v) if isinstance(v, float) else v for k, v in result.items()}))
+    cases = ours(model, placed) | (reference(model, params) if args.reference else {})
+    result |= measure(cases, args.repeats)
+  print(json.dumps(result))
 
 
 if __name__ == '__main__':
