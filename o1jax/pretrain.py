@@ -66,7 +66,7 @@ def pretrain(config: PretrainConfig) -> None:
   from o1jax.data.tokens import Tokenizer
   from o1jax.learn.objectives import sft_loss
   from o1jax.models import hf
-  from o1jax.parallel.mesh import make_mesh
+  from o1jax.parallel.mesh import make_mesh, start_cpu_devices
   from o1jax.run.metrics import Metrics
   from o1jax.run.progress import Progress
   from o1jax.run.store import Store
@@ -74,6 +74,7 @@ def pretrain(config: PretrainConfig) -> None:
   from o1jax.stages.fit import fit
 
   out = pathlib.Path(config.out)
+  start_cpu_devices(config.mesh.axes)
   with Store(config) as store, Metrics(store.local) as metrics:
     progress = Progress()
     bench = Workbench(store, metrics, progress, make_mesh(config.mesh.axes))

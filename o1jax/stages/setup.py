@@ -24,7 +24,7 @@ from o1jax.models.backends import choose
 from o1jax.models.transformer import Model
 from o1jax.parallel import distributed
 from o1jax.parallel.join import join
-from o1jax.parallel.mesh import make_mesh, meshes_that_fit
+from o1jax.parallel.mesh import make_mesh, meshes_that_fit, start_cpu_devices
 from o1jax.parallel.sharding import batch_faults, model_faults, param_shardings
 from o1jax.run import stop
 from o1jax.run.metrics import Metrics
@@ -55,6 +55,7 @@ def opened(config: Config, wanted: Sequence[str], force: bool = False) -> Iterat
     ConfigError: with every fault of model, mesh, batches, problems and sandbox.
   """
   join(config.distributed)
+  start_cpu_devices(config.mesh.axes)
   mesh, model, tokenizer = distributed.together(lambda: _checked(config))
   with (
     stop.noting(),
@@ -88,6 +89,7 @@ def opened(config: Config, wanted: Sequence[str], force: bool = False) -> Iterat
 def dry_run(config: Config, force: bool = False) -> None:
   """Checks files, shapes, memory and the sandbox, says what it found, and does nothing."""
   join(config.distributed)
+  start_cpu_devices(config.mesh.axes)
   distributed.from_first(lambda: check_folder(config, force))
   mesh, model, tokenizer = distributed.together(lambda: _checked(config))
   read_split(config, 'dev', PathEncoder(tokenizer))
