@@ -52,7 +52,9 @@ def state_of(seed):
 
 def names(lab, folder):
   start = str(folder).removeprefix('gs://lab/') + '/'
-  return sorted(key.removeprefix(start) for key in lab.objects if key.startswith(start))
+  with lab.lock:  # a run may be writing
+    keys = list(lab.objects)
+  return sorted(key.removeprefix(start) for key in keys if key.startswith(start))
 
 
 # places
