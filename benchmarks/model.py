@@ -1,15 +1,20 @@
 """Training and decoding speed of the decoder, last line one JSON object.
 
-    python benchmarks/model.py [--reference] [--shape small|wide] [--repeats 5]
+    python benchmarks/model.py [--reference] [--shape small|wide] [--repeats 5] [--data 1]
 
-Random weights of the embedded default's size on whatever device JAX finds.
+Random weights of the embedded default's size on whatever device JAX finds, by the library's own
+prefill, decoding loop and train step (SFT, AdamW behind a gradient clip), rows over `--data`
+devices: on a CPU what `mesh.data` of a run starts, -1 one for each core.
 `--reference` runs transformers + torch (the `parity` extra) on the same shapes
-in the same process. Best of the repeats, in generated or trained tokens a second.
+in the same process; the two take turns. Best of the repeats, in generated or trained tokens a
+second.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import os
 import tempfile
@@ -18,144 +23,126 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from o1jax import cli
+from o1jax.batch import TokenBatch
+from o1jax.learn.objectives import sft_loss
+from o1jax.learn.optim import make_optimizer
+from o1jax.learn.state import init_state
+from o1jax.learn.update import make_update
 from o1jax.models import Model, ModelConfig, hf
+from o1jax.parallel.mesh import make_mesh, start_cpu_devices
+from o1jax.parallel.sharding import param_shardings, shard, spread
+from o1jax.sampling.cache import prefill
+from o1jax.sampling.decode import decode
+from o1jax.sampling.draw import GREEDY
 
 SHAPES = {
   # The embedded default's neighbourhood, and the wider model of the first baseline.
   'small': ModelConfig(1024, 96, 3, 4, 1, 256, head_dim=24),
   'wide': ModelConfig(512, 128, 4, 4, 4, 352),
 }
-PROMPT, NEW = 48, 96
+PROMPT, NEW, DECODE_ROWS = 48, 96, (16, 128)
 TRAIN_ROWS, TRAIN_TOKENS = 64, 96
 
 
-def best_of(repeats, function):
-  """Seconds of the fastest call, the first (compiling) one left out."""
-  jax.block_until_ready(function())
-  seconds = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    jax.block_until_ready(function())
-    seconds.append(time.perf_counter() - start)
-  return min(seconds)
+def generate(model, params, prompt, keys):
+  """NEW greedy tokens after each prompt, [R, NEW]."""
+  lengths = np.full(len(prompt), prompt.shape[1], np.int32)
+  state = prefill(model, params, prompt, lengths, columns=PROMPT + NEW)
+  return decode(model, params, state, keys, max_new=NEW, stop_ids=(), how=GREEDY).tokens
 
 
-def greedy(logits):
-  """argmax [R, V] -> [R]; two plain passes, since XLA's CPU argmax is scalar."""
-  best = logits == logits.max(-1, keepdims=True)
-  return jnp.where(best, jnp.arange(logits.shape[-1])[None], logits.shape[-1]).min(-1)
+def trainer(model, params, tokens):
+  """Train steps on one batch, one a call."""
+  tx = make_optimizer(1e-3, steps=10**6, schedule='constant')
+  update = make_update(sft_loss(model), tx)
+  state = init_state(jax.tree.map(jnp.copy, params), tx)
+  place = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+  one = np.ones_like(tokens)
+  batch = spread(TokenBatch(tokens, place, one, one.astype(np.float32)))
 
-
-def make_decode(model, rows):
-  columns = PROMPT + NEW
-
-  @jax.jit
-  def generate(params, prompt):
-    positions = jnp.tile(jnp.arange(PROMPT)[None], (rows, 1))
-    valid = jnp.tile(jnp.arange(columns)[None] < PROMPT, (rows, 1))
-    cache = model.empty_cache(rows, columns)
-    hidden, cache = model.extend(params, cache, prompt, positions, jnp.int32(0), valid)
-    first = greedy(model.logits(params, hidden[:, -1]))
-
-    def step(i, carry):
-      cache, valid, token, out = carry
-      valid = valid | (jnp.arange(columns)[None] == PROMPT + i)
-      position = jnp.full((rows, 1), PROMPT + i)
-      hidden, cache = model.extend(params, cache, token[:, None], position, PROMPT + i, valid)
-      out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], i, axis=1)
-      return cache, valid, greedy(model.logits(params, hidden[:, 0])), out
-
-    carry = (cache, valid, first, jnp.zeros((rows, NEW), jnp.int32))
-    return jax.lax.fori_loop(0, NEW, step, carry)[-1]
-
-  return generate
-
-
-def make_train(model, tx):
-  def loss(params, tokens, positions, segments):
-    hidden = model.hidden(params, tokens, positions, segments)
-    logits = model.logits(params, hidden[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
-  @jax.jit
-  def step(params, state, tokens):
-    positions = jnp.tile(jnp.arange(tokens.shape[1])[None], (tokens.shape[0], 1))
-    value, grads = jax.value_and_grad(loss)(params, tokens, positions, jnp.ones_like(tokens))
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state, value
+  def step():
+    nonlocal state
+    state, metrics = update(state, batch)
+    return metrics
 
   return step
 
 
-def measure(model, params, repeats):
-  rng = np.random.default_rng(0)
+def ours(model, params):
+  """Name -> (tokens, a function that generates or trains on so many)."""
+  rng, cases = np.random.default_rng(0), {}
 
   def draw(*shape):
-    return jnp.asarray(rng.integers(3, model.config.vocab_size, shape), jnp.int32)
+    return rng.integers(3, model.config.vocab_size, shape).astype(np.int32)
 
-  result = {}
-  for rows in (16, 128, 512):
-    generate, prompt = make_decode(model, rows), draw(rows, PROMPT)
-    seconds = best_of(repeats, lambda g=generate, p=prompt: g(params, p))
-    result[f'decode{rows}_tokens_per_s'] = rows * NEW / seconds
-  tx = optax.adamw(1e-3)
-  step, tokens, state = make_train(model, tx), draw(TRAIN_ROWS, TRAIN_TOKENS), tx.init(params)
-  seconds = best_of(3 * repeats, lambda: step(params, state, tokens))
-  result['train_tokens_per_s'] = TRAIN_ROWS * TRAIN_TOKENS / seconds
-  return result
+  for rows in DECODE_ROWS:
+    prompt, keys = spread(draw(rows, PROMPT)), jax.random.split(jax.random.key(0), rows)
+    function = functools.partial(generate, model, params, prompt, keys)
+    cases[f'decode{rows}_tokens_per_s'] = rows * NEW, function
+  step = trainer(model, params, draw(TRAIN_ROWS, TRAIN_TOKENS))
+  return cases | {'train_tokens_per_s': (TRAIN_ROWS * TRAIN_TOKENS, step)}
 
 
-def measure_reference(model, params, repeats):
+def reference(model, params):
   """The same work by transformers on torch, from the same weights."""
   import torch
   import transformers
 
   with tempfile.TemporaryDirectory() as folder:
     hf.save(folder, model, params)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
-  rng, result = np.random.default_rng(0), {}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+  rng, cases = np.random.default_rng(0), {}
 
   def draw(*shape):
     return torch.from_numpy(rng.integers(3, model.config.vocab_size, shape))
 
-  def generate(prompt):
-    return reference.generate(
-      prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0
-    )
-
-  for rows in (16, 128, 512):
-    prompt = draw(rows, PROMPT)
-    seconds = best_of(repeats, lambda p=prompt: generate(p))
-    result[f'reference_decode{rows}_tokens_per_s'] = rows * NEW / seconds
-  optimizer, tokens = torch.optim.AdamW(reference.parameters()), draw(TRAIN_ROWS, TRAIN_TOKENS)
+  greedy = {'max_new_tokens': NEW, 'min_new_tokens': NEW, 'do_sample': False, 'pad_token_id': 0}
+  for rows in DECODE_ROWS:
+    function = functools.partial(theirs.generate, draw(rows, PROMPT), **greedy)
+    cases[f'reference_decode{rows}_tokens_per_s'] = rows * NEW, function
+  optimizer, tokens = torch.optim.AdamW(theirs.parameters()), draw(TRAIN_ROWS, TRAIN_TOKENS)
 
   def step():
     optimizer.zero_grad()
-    reference(tokens, labels=tokens).loss.backward()
+    theirs(tokens, labels=tokens).loss.backward()
     optimizer.step()
 
-  seconds = best_of(repeats, step)
-  result['reference_train_tokens_per_s'] = TRAIN_ROWS * TRAIN_TOKENS / seconds
-  return result
+  return cases | {'reference_train_tokens_per_s': (TRAIN_ROWS * TRAIN_TOKENS, step)}
+
+
+def measure(cases, repeats):
+  """Tokens a second of each case, the fastest of the repeats; the cases take turns."""
+  seconds = dict.fromkeys(cases, float('inf'))
+  for repeat in range(repeats + 1):
+    for name, (_, function) in cases.items():
+      start = time.perf_counter()
+      jax.block_until_ready(function())
+      if repeat:  # the first compiles
+        seconds[name] = min(seconds[name], time.perf_counter() - start)
+  return {name: round(tokens / seconds[name]) for name, (tokens, _) in cases.items()}
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--shape', choices=SHAPES, default='wide')
   parser.add_argument('--repeats', type=int, default=5)
+  parser.add_argument('--data', type=int, default=1, help='devices; -1: all, or one for each core')
   parser.add_argument('--reference', action='store_true', help='also run transformers + torch')
   args = parser.parse_args()
-  model = Model(SHAPES[args.shape])
+  start_cpu_devices({'data': args.data})
+  model, mesh = Model(SHAPES[args.shape]), make_mesh({'data': args.data})
   params = jax.jit(model.init)(jax.random.key(0))
   result = {'shape': args.shape, 'parameters': sum(p.size for p in jax.tree.leaves(params))}
-  result |= {'device': jax.devices()[0].device_kind, 'cores': os.cpu_count()}
-  result |= measure(model, params, args.repeats)
-  if args.reference:
-    result |= measure_reference(model, params, args.repeats)
-  print(json.dumps({k: round(v) if isinstance(v, float) else v for k, v in result.items()}))
+  result |= {'device': jax.devices()[0].device_kind, 'devices': mesh.size, 'cores': os.cpu_count()}
+  with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
+    placed = shard(params, param_shardings(mesh, model, params)) if mesh.size > 1 else params
+    cases = ours(model, placed) | (reference(model, params) if args.reference else {})
+    result |= measure(cases, args.repeats)
+  print(json.dumps(result))
 
 
 if __name__ == '__main__':
+  cli.restart_with_huge_pages()
   main()

@@ -18,6 +18,7 @@ that the policy read or drew; positions are those, padding, and rows that have s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.resources
 import json
@@ -31,6 +32,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
 import numpy as np
+import psutil
 
 from o1jax.data.paths import PathEncoder
 from o1jax.data.problems import load_split
@@ -83,7 +85,7 @@ class Case:
 
   def judge(self, jobs) -> list[float]:
     self.judged += len(jobs)
-    paths = [self.encoder.steps_of(tokens) for _, tokens in jobs]
+    paths = (self.encoder.steps_of(tokens) for _, tokens in jobs)
     problems = [self.problems[i % len(self.problems)] for i, _ in jobs]
     verdicts = self.executor.judge(problems, paths)
     return [float('nan') if v is None or v.masked else v.pass_rate for v in verdicts]
@@ -151,9 +153,10 @@ class Way:
       search = dataclasses.replace(search, extend=reread)
     case.forget_programs()
     score = score if self.mix else None
-    start = time.perf_counter()
+    start, used = time.perf_counter(), cpu_seconds()
     forest = search(case.params, prompts, case.judge, score=score, seed=seed)
     seconds = time.perf_counter() - start
+    own, sandbox = np.subtract(cpu_seconds(), used)
     nodes, read = int((forest.tree.size - 1).sum()), sum(map(len, prompts))
     new = read + forest.generated
     computed = new + forest.read_again if self.pool else reread.tokens + forest.generated
@@ -168,7 +171,18 @@ class Way:
       'prm_positions_per_new_token': round(prm_positions() / new, 3) if self.mix else None,
       'sandbox_wait_share': round(forest.waited_s / seconds, 4),
       'select_backup_share': round(forest.tree_s / seconds, 4),
+      'cpu_s': round(own, 2),
+      'sandbox_cpu_s': round(sandbox, 2),
     }
+
+
+def cpu_seconds() -> tuple[float, float]:
+  """CPU seconds of this process, and of the sandbox's workers with all that they ran."""
+  own, rest = psutil.Process(), 0.0
+  for worker in own.children(recursive=True):
+    with contextlib.suppress(psutil.NoSuchProcess):
+      rest += sum(worker.cpu_times()[:4])  # user, system, and those of children that have ended
+  return sum(own.cpu_times()[:2]), rest
 
 
 def fastest(repeats: int, *ways: Way) -> list[dict[str, float]]:

@@ -66,7 +66,7 @@ def pretrain(config: PretrainConfig) -> None:
   from o1jax.data.tokens import Tokenizer
   from o1jax.learn.objectives import sft_loss
   from o1jax.models import hf
-  from o1jax.parallel.mesh import make_mesh
+  from o1jax.parallel.mesh import make_mesh, start_cpu_devices
   from o1jax.run.metrics import Metrics
   from o1jax.run.progress import Progress
   from o1jax.run.store import Store
@@ -74,10 +74,11 @@ def pretrain(config: PretrainConfig) -> None:
   from o1jax.stages.fit import fit
 
   out = pathlib.Path(config.out)
-  with Store(config) as store, Metrics(store.dir) as metrics:
+  start_cpu_devices(config.mesh.axes)
+  with Store(config) as store, Metrics(store.local) as metrics:
     progress = Progress()
-    bench = Workbench(store, metrics, progress, make_mesh(config.mesh.model_dump()))
-    folder = store.path('pretrain', 'tokenizer')
+    bench = Workbench(store, metrics, progress, make_mesh(config.mesh.axes))
+    folder = store.local / 'stages/pretrain/tokenizer'
     build_tokenizer(folder)
     tokenizer = Tokenizer(folder)
     progress.stage('corpus', f'{config.documents} documents')

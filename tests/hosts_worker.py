@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import sys
+import types
 
 import jax
 import numpy as np
@@ -20,14 +21,17 @@ from o1jax.data.pipeline import Batches, batches
 from o1jax.learn.objectives import sft_loss
 from o1jax.parallel import distributed, make_mesh, own_rows, param_shardings, shard
 from o1jax.parallel.join import join
+from o1jax.parallel.mesh import tensor_mesh
 from o1jax.run.metrics import Metrics
 from o1jax.run.progress import Progress
+from o1jax.run.stop import deferred
 from o1jax.run.store import Store
 from o1jax.sampling.sampler import Sampler
 from o1jax.sandbox.protocol import Limits
 from o1jax.stages.context import Workbench
 from o1jax.stages.execute import Executor
 from o1jax.stages.fit import fit
+from o1jax.stages.half_saved import HalfSaved
 from o1jax.types import ACCEPTED, Problem, Step, TestCase, TestResult, Verdict
 
 MESH = {'data': 4, 'fsdp': 2}
@@ -60,6 +64,16 @@ def trained(folder, mesh, kind=Batches):
     return fit(bench, 'stage', 'lm', MODEL, start, sft_loss(MODEL), data, optim)[0]
 
 
+def laid_out(mesh):
+  """Parameters sharded for training, then for sampling: whether they are equal, and lie there."""
+  start = jax.device_get(params())
+  trained = shard(start, param_shardings(mesh, MODEL, start))
+  over = tensor_mesh(mesh, 2)
+  found = shard(trained, param_shardings(over, MODEL, trained))
+  same = jax.tree.map(np.array_equal, distributed.fetch(found), start)
+  return [all(jax.tree.leaves(same)), all(x.sharding.mesh == over for x in jax.tree.leaves(found))]
+
+
 def sampled(mesh):
   """Tokens drawn with the smallest model over a mesh."""
   with jax.set_mesh(mesh):
@@ -78,6 +92,7 @@ class Judge:
     self.ran = []
 
   def judge(self, jobs):
+    jobs = list(jobs)
     self.ran += [job.code for job in jobs]
     return [
       Verdict(ACCEPTED if len(job.code) % 2 == 0 else 'wrong_answer', (TestResult(ACCEPTED, 0.5),))
@@ -93,6 +108,29 @@ def judged():
   sandbox = Judge()
   verdicts = Executor(sandbox).judge(problems, paths)
   return [dataclasses.asdict(v) for v in verdicts], sandbox.ran
+
+
+def half_saved(config):
+  """A search's half-grown state saved by all processes, and what each reads and runs later."""
+  problems = [Problem(f'p{i}', '', (TestCase('1', '1'),)) for i in range(5)]
+  paths = [(Step(3, f'```python\nprint({10**i})\n```'),) for i in range(5)]
+  said = []
+  with Store(config) as store, deferred() as stop:
+    bench = types.SimpleNamespace(store=store, progress=types.SimpleNamespace(say=said.append))
+    run = types.SimpleNamespace(config=config, bench=bench, executor=Executor(Judge()))
+    verdicts = run.executor.judge(problems, paths)
+    saves = HalfSaved(run, 'round0/synthesis', problems, 0, stop)
+    # Asked for by the clock of process 0 alone, and known to all one boundary later.
+    saves._saved_at -= 1e6 * distributed.is_first()
+    written = []
+    for boundary in range(3):
+      state = {'part0.rollout_value': np.full(2, boundary)}
+      saves.boundary(lambda state=state: written.append(1) or state)
+    run.executor = Executor(Judge())  # as a later session has it
+    found = HalfSaved(run, 'round0/synthesis', problems, 0, stop).read()
+    same = run.executor.judge(problems, paths) == verdicts
+  ran = len(run.executor._pool.ran)
+  return [len(written), found['part0.rollout_value'].tolist(), same, ran, said]
 
 
 def fault(number):
@@ -120,8 +158,10 @@ def work(arguments):
     'first': distributed.from_first(lambda: distributed.index()),
     'fault': said(lambda: distributed.together(lambda: fault(1))),
     'tokens': sampled(mesh),
+    'laid_out': laid_out(mesh),
     'verdicts': verdicts,
     'ran': ran,
+    'half': half_saved(config_lib.check({'run': {'dir': str(folder.with_name('half'))}})),
   }
   path = folder.with_name(f'found{distributed.index()}.json')
   path.write_text(json.dumps(found))
@@ -137,6 +177,15 @@ def die(arguments):
   distributed.gather(lambda: None)
 
 
+def hang(arguments):
+  """Process 1 is stopped, its connections stay open, and process 0 waits for it."""
+  join(arguments.config.distributed)
+  distributed.gather(lambda: np.arange(3).tolist())
+  if distributed.index() == 1:
+    os.kill(os.getpid(), signal.SIGSTOP)
+  distributed.gather(lambda: None)
+
+
 if __name__ == '__main__':
-  body = {'work': work, 'die': die}[sys.argv[1]]
+  body = {'work': work, 'die': die, 'hang': hang}[sys.argv[1]]
   sys.exit(cli.main(body, '', sys.argv[2:]))

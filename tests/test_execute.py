@@ -26,6 +26,7 @@ class Counting(Pool):
   jobs = 0
 
   def judge(self, jobs):
+    jobs = list(jobs)
     self.jobs += len(jobs)
     return super().judge(jobs)
 
@@ -55,6 +56,22 @@ def test_each_program_runs_once(pool):
   before = pool.jobs
   assert statuses(executor, PROBLEM, path) == [ACCEPTED]
   assert pool.jobs == before
+
+
+def test_a_program_is_handed_over_before_the_next_path_is_read(pool, monkeypatch):
+  handed = []
+  submit = pool.submit
+  monkeypatch.setattr(pool, 'judge', lambda jobs: Pool.judge(pool, jobs))  # which lists none
+  monkeypatch.setattr(pool, 'submit', lambda job: handed.append(job.code) or submit(job))
+  paths = [(program_step(DOUBLE),), (), (program_step('print(2)'),)]
+
+  def read():
+    for i, path in enumerate(paths):
+      assert len(handed) == 1 + min(i, 1)  # the reference, and the first path's program
+      yield path
+
+  got = Executor(pool).judge([PROBLEM] * 3, read())
+  assert [v and v.status for v in got] == [ACCEPTED, None, WRONG_ANSWER]
 
 
 def test_the_reference_sets_the_cpu_limit(pool):

@@ -43,8 +43,12 @@ def two(what, folder, *overrides):
     )
     for i in range(2)
   ]
+  told = []
   try:
-    told = [process.communicate(timeout=300)[1] for process in processes]
+    for process in processes:
+      told.append(process.communicate(timeout=300)[1])
+      if what == 'hang':
+        processes[1].kill()
   finally:
     for process in processes:
       process.kill()  # by then ended, save where the test is about to fail
@@ -76,9 +80,22 @@ def test_two_processes_agree_and_share_rows_and_programs(stopped):
   assert sorted(found[0]['ran'] + found[1]['ran']) == sorted(ran)
 
 
+def test_two_processes_save_a_half_grown_search_and_both_go_on_from_it(stopped):
+  half = [f['half'] for f in stopped[1]]
+  assert half[0] == half[1]
+  writes, values, same, ran, said = half[0]
+  assert (writes, values) == (1, [1, 1])  # asked for at boundary 0, agreed on at boundary 1
+  assert same and ran == 0  # verdicts of either process's programs are known to both
+  assert said == ['round0/synthesis: the search goes on behind 2 roll-outs']
+
+
 def test_two_processes_draw_the_tokens_of_one(stopped):
   want = hosts_worker.sampled(make_mesh(hosts_worker.MESH))
   assert [f['tokens'] for f in stopped[1]] == [want, want]
+
+
+def test_two_processes_lay_weights_out_anew_for_sampling(stopped):
+  assert [f['laid_out'] for f in stopped[1]] == [[True, True]] * 2
 
 
 def test_both_save_at_one_step_and_one_process_goes_on_over_another_mesh(stopped, tmp_path):
@@ -102,6 +119,13 @@ def test_a_killed_process_ends_the_other(tmp_path):
   assert codes[1] == -signal.SIGKILL
   assert codes[0] not in (0, 143), told
   assert 'process 0 of 2 stops: ' in told[0] or 'task:1' in told[0], told[0]
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_other_after_the_heartbeats(tmp_path):
+  codes, told = two('hang', tmp_path / 'run', 'distributed.heartbeat_timeout_s=5')
+  assert codes[0] not in (0, 143), told
+  assert 'stopped sending heartbeats):\n1\n' in told[0], told[0]
 
 
 # finding the others

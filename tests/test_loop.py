@@ -181,8 +181,12 @@ eval: {samples: 2, search_children: 3, rows: 64, bootstrap: 100}
 """
 
 
-def over(folder, processes, config):
-  """The whole loop over two devices, all in one process or one in each of two; its summary."""
+# The whole loop with a save after every step, for kills.
+OFTEN = SMALL.replace('checkpoint_every_s: 1000', 'checkpoint_every_s: 0.001')
+
+
+def started(folder, processes, config):
+  """The whole loop over two devices, all in one process or one in each of two, under way."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
@@ -191,12 +195,17 @@ def over(folder, processes, config):
   env |= {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': str(processes)}
   command = [sys.executable, '-m', 'o1jax.train', '--config', str(config)]
   pipes = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.PIPE, 'text': True, 'cwd': ROOT}
-  running = [
+  return [
     subprocess.Popen(
       [*command, f'run.dir={folder}', 'mesh.data=2'], **pipes, env=env | {'JAX_PROCESS_ID': str(i)}
     )
     for i in range(processes)
   ]
+
+
+def over(folder, processes, config):
+  """Its summary."""
+  running = started(folder, processes, config)
   try:
     told = [process.communicate(timeout=1500)[1] for process in running]
   finally:
@@ -218,8 +227,32 @@ def test_two_processes_end_with_the_summary_of_one(tmp_path):
     assert (tmp_path / '2' / chunk.relative_to(tmp_path / '1')).read_text() == chunk.read_text()
 
 
-# The whole loop with a save after every step, for kills.
-OFTEN = SMALL.replace('checkpoint_every_s: 1000', 'checkpoint_every_s: 0.001')
+@pytest.mark.slow
+def test_killed_in_a_search_of_two_processes_one_goes_on_to_the_same_summary(tmp_path):
+  config = tmp_path / 'often.yaml'
+  config.write_text(OFTEN)
+  want = over(tmp_path / 'one', 1, config)
+  folder = tmp_path / 'two'
+  running = started(folder, 2, config)
+  half = folder / 'stages/round0/synthesis/checkpoints'
+  while all(p.poll() is None for p in running) and not list(half.glob('search-*.npz')):
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      running[0].wait(0.02)
+  for process in running:
+    process.kill()
+    process.communicate()
+  assert {process.returncode for process in running} == {-signal.SIGKILL}
+  assert not (folder / 'stages/round0/synthesis/done.json').exists()
+  assert over(folder, 1, config) == want
+
+
+def flat(value, at=''):
+  """The numbers of a summary by where they stand; what is no number is part of the place."""
+  if isinstance(value, dict | list):
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+      yield from flat(inner, f'{at}/{key}')
+  else:
+    yield (at, value) if isinstance(value, int | float) else (f'{at}={value}', 0)
 
 
 def under_way(folder):
@@ -228,11 +261,13 @@ def under_way(folder):
   open_ = [p for p in map(pathlib.Path, begun) if not (p / 'done.json').exists()]
   names = {p.relative_to(folder / 'stages').as_posix().partition('/checkpoints')[0] for p in open_}
   saving = any('orbax-checkpoint-tmp' in p.name for p in open_)
+  if (folder / 'stages' / STAGES[-1] / 'done.json').exists():
+    return 'reports', saving
   stages = [n for n in names if n in STAGES]
   return max(stages, key=STAGES.index, default='start'), saving
 
 
-STAGES = ('tcg', 'tcg_tests', 'round0/synthesis', 'round0/policy_sft', 'round0/prm', 'round0/rl')
+STAGES = ('tcg', 'round0/synthesis', 'round0/policy_sft', 'round0/prm', 'round0/rl')
 STAGES += ('expert_iteration/rl',)
 
 
@@ -293,7 +328,8 @@ def test_killed_at_thirty_moments_it_ends_with_the_same_summary(tmp_path):
     stood.append(killed_at(process, folder, target, delay_s, in_save, stage))
     print(i, round(target, 1), *stood[-1], flush=True)
   assert not (folder / 'summary.json').exists()
-  assert {name for name, _ in stood} >= {'tcg', 'round0/synthesis', 'round0/prm', 'round0/rl'}
+  stages = {'tcg', 'round0/synthesis', 'round0/policy_sft', 'round0/prm', 'round0/rl', 'reports'}
+  assert {name for name, _ in stood} >= stages
   assert any(saving for _, saving in stood)
   assert finished(folder, config) == want
 
@@ -307,8 +343,8 @@ def test_with_other_devices_in_the_middle_it_ends_with_the_same_summary(tmp_path
   for share, devices in ((0.35, 1), (0.7, 2)):
     process = going(folder, config, devices=devices)
     killed_at(process, folder, share * events(whole), 0.5, in_save=False)
-  got = finished(folder, config)
-  for key in RESULTS:
-    for mine, theirs in zip(got[key], want[key], strict=True):
-      # A sum over two devices rounds otherwise than over one.
-      assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4), key
+  # A sum over two devices rounds otherwise than over one. Seen: probabilities of the PRM differ by
+  # 1.4e-6 of themselves, losses by 7e-6, and no token, outcome or count does.
+  assert dict(flat(finished(folder, config))) == pytest.approx(dict(flat(want)), rel=1e-5)
+  for chunk in sorted(whole.glob('stages/**/trajectories/*.jsonl')):
+    assert (folder / chunk.relative_to(whole)).read_text() == chunk.read_text()

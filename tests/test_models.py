@@ -97,7 +97,10 @@ def test_packed_equals_unpacked(name):
 
 @pytest.mark.parametrize('name', sorted(CONFIGS.keys() - {'scanned'}))  # the cache has no scan
 def test_cached_equals_full(name):
-  """Prefill of ragged, left-padded rows, then single tokens, with a hole in the cache."""
+  """Prefill of ragged, left-padded rows, then single tokens, with a hole in the cache.
+
+  The single tokens are read as a decoding loop reads them, with the parameters apart.
+  """
   model, params, tokens, positions, segments = make(name)
   full = hidden_of(model, params, tokens, positions, segments)
   rows, columns, offsets = 3, 20, jnp.array([0, 2, 3])[:, None]  # padding before each row
@@ -110,14 +113,17 @@ def test_cached_equals_full(name):
   for row, offset in enumerate((0, 2, 3)):
     np.testing.assert_allclose(hidden[row, offset:], full[row, : 6 - offset], atol=1e-5)
 
+  apart = jax.jit(Model.apart, static_argnums=0)(model, params)
   for step in range(5):
     column = 6 + step + (step > 1)  # column 8 stays a hole
     position = 6 - offsets + step
     valid = valid.at[:, column].set(True)
     token = jnp.take_along_axis(tokens, position, axis=1)
-    hidden, cache = extend(model, params, cache, token, position, jnp.int32(column), valid)
+    hidden, cache = extend(model, apart, cache, token, position, jnp.int32(column), valid)
     expected = jnp.take_along_axis(full, position[:, :, None], axis=1)
     np.testing.assert_allclose(hidden, expected, atol=1e-5)
+    said = model.logits(apart, hidden), model.logits(params, expected)
+    np.testing.assert_allclose(*said, atol=1e-4)
 
 
 def test_rows_of_a_cache_are_independent():

@@ -2,6 +2,9 @@
 
 import functools
 import io
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +31,7 @@ from o1jax.parallel import (
   replicated,
   shard,
 )
+from o1jax.parallel.mesh import cpu_devices
 from o1jax.parallel.sharding import shard_own
 from o1jax.run.checkpoints import load_tree, save_tree
 from o1jax.run.metrics import Metrics
@@ -36,6 +40,7 @@ from o1jax.run.store import Store
 from o1jax.stages import fit as fit_module
 from o1jax.stages.context import Workbench
 
+COUNT = 'xla_force_host_platform_device_count'
 MODEL = Model(ModelConfig(64, 32, 2, 4, 2, 48, initializer_range=0.2, max_position=32))
 MESHES = ({}, {'data': 2}, {'data': 4, 'fsdp': 2}, {'data': 2, 'fsdp': 2, 'tensor': 2})
 
@@ -109,6 +114,33 @@ def test_one_key_head_is_repeated_over_tensor():
   assert specs['layers']['k'].spec == P(None, None, None, None)
   assert specs['layers']['q'].spec == P(None, None, 'tensor', None)
   assert specs['embed'].spec == P(None, None)  # 63 rows
+
+
+@pytest.mark.parametrize(
+  ('shape', 'cores', 'expected'),
+  [
+    ({}, 6, 1),
+    ({'data': 2, 'tensor': 2}, 1, 4),
+    ({'data': -1, 'tensor': 2}, 7, 6),
+    ({'data': -1, 'tensor': 4}, 2, 4),
+    ({'data': -1, 'fsdp': -1}, 8, 1),
+    ({'data': 0}, 8, 1),
+  ],
+)
+def test_a_mesh_asks_for_its_cpu_devices(shape, cores, expected):
+  assert cpu_devices(shape, cores) == expected
+
+
+@pytest.mark.parametrize(('flags', 'devices'), [('', 3), (f'--{COUNT}=2', 2)])
+def test_a_cpu_starts_the_devices_of_the_mesh_unless_told_a_number(flags, devices):
+  code = (
+    'import os; from o1jax.parallel.mesh import start_cpu_devices; start_cpu_devices({"data": 3});'
+    'import jax; print(jax.device_count(), os.environ["XLA_FLAGS"])'
+  )
+  env = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+  said = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+  one_thread = '--xla_cpu_multi_thread_eigen=false'
+  assert said.stdout.split() == [str(devices), flags or one_thread], said.stderr
 
 
 def test_mesh_errors_propose_meshes_that_fit():

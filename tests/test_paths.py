@@ -226,7 +226,7 @@ def test_tree_scores_are_those_of_the_descent():
   head = {n: head[n] + jax.random.normal(jax.random.key(3), a.shape) for n, a in head.items()}
   prm = {'trunk': tiny_params(), 'head': head}
   deep = draw_paths(np.random.default_rng(4), 3)
-  scorer = PrmScorer(MODEL, prm)
+  scorer = PrmScorer(MODEL, prm, rows=3)  # two chunks of steps
   state = scorer.start(*pad(PROMPTS, 16))
   many = TreeScorer(MODEL, prm, PROMPTS, STEPS, tokens=400, nodes=64)
   small = TreeScorer(MODEL, prm, PROMPTS, STEPS, tokens=110, nodes=64)
@@ -295,9 +295,24 @@ def test_gumbel_and_widened_searches_are_independent_of_their_batch():
     dataclasses.replace(wide, slots=2)
 
 
+def test_the_same_trees_in_a_batch_of_1_8_and_64():
+  prompts, ids = PROMPTS * 16, np.arange(64)
+  search = dataclasses.replace(SEARCH, simulations=3)
+  whole = search(tiny_params(), prompts, judge, seed=2, ids=ids)
+  assert len({whole.paths[b] for b in range(0, 64, 4)}) > 8  # one prompt, named otherwise
+  for size, first in ((8, 24), (1, 37)):
+    own = slice(first, first + size)
+    part = search(tiny_params(), prompts[own], judge, seed=2, ids=ids[own])
+    assert part.paths == whole.paths[own]
+    np.testing.assert_array_equal(part.tree.visits, whole.tree.visits[own])
+    np.testing.assert_allclose(part.tree.value_sum, whole.tree.value_sum[own], atol=1e-6)
+
+
 def test_trees_come_back_from_their_files_and_replay_the_search(forest, tmp_path):
   for b, prompt in enumerate(PROMPTS):
-    trees.write(tmp_path / f'{b}.npz', trees.tree_of(forest, b, f'problem {b}', prompt))
+    (tmp_path / f'{b}.npz').write_bytes(
+      trees.to_bytes(trees.tree_of(forest, b, f'problem {b}', prompt))
+    )
   back = [trees.read(tmp_path / f'{b}.npz') for b in range(len(PROMPTS))]
   for b, tree in enumerate(back):
     assert tree.problem_id == f'problem {b}' and tree.prompt.tolist() == PROMPTS[b]

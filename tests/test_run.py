@@ -175,17 +175,25 @@ def damage(folder, how):
     largest.write_bytes(data[: len(data) // 2])
   elif how == 'no meta':
     (folder / 'meta' / 'metadata').unlink()
+  elif how == 'other meta':
+    meta = folder / 'meta' / 'metadata'
+    text = meta.read_text()
+    assert text.count('[41,') == 1
+    meta.write_text(text.replace('[41,', '[43,'))
   else:
     for path in folder.iterdir():
       path.rename(folder.parent / f'gone-{path.name}')
 
 
-@pytest.mark.parametrize('how', ['flipped bit', 'cut short', 'no meta', 'empty folder'])
+HOW = ['flipped bit', 'cut short', 'no meta', 'other meta', 'empty folder']
+
+
+@pytest.mark.parametrize('how', HOW)
 def test_passes_over_damage_and_saves_again(tmp_path, caplog, how):
   like = state_of(9, width=128)
   with Checkpoints(tmp_path) as checkpoints:
     for seed in (1, 2):
-      checkpoints.save(seed, state_of(seed, width=128))
+      checkpoints.save(seed, state_of(seed, width=128), {'tokens': (41, None), 'last': {'kl': 0.1}})
   damage(tmp_path / '2', how)
   with Checkpoints(tmp_path) as checkpoints:
     step, restored, _ = checkpoints.restore(like)

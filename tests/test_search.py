@@ -26,7 +26,8 @@ from o1jax.search import (
   uct,
 )
 
-TREES, CAPACITY, WIDTH = 3, 16, 3  # one shape: everything compiles once
+TREES, CAPACITY, WIDTH = 3, 16, 3
+SHAPES = ((TREES, CAPACITY, WIDTH), (1, 9, 2), (4, 21, 5))  # each compiles once
 
 
 class PlainNode:
@@ -34,6 +35,7 @@ class PlainNode:
     self.parent, self.identity, self.logprob, self.score = parent, identity, logprob, score
     self.terminal, self.cut = terminal, cut
     self.visits, self.picks, self.total, self.prior = 0, 0, 0.0, 0.0
+    self.own = 0  # returns seen at the node itself
     self.children = []
     self.depth = 0 if parent is None else parent.depth + 1
 
@@ -47,8 +49,8 @@ class PlainNode:
 class PlainTree:
   """Monte-Carlo tree search as a textbook writes it."""
 
-  def __init__(self):
-    self.root = PlainNode()
+  def __init__(self, capacity=CAPACITY):
+    self.root, self.capacity = PlainNode(), capacity
     self.nodes = [self.root]
     self.full = False
 
@@ -66,7 +68,7 @@ class PlainTree:
   def expand(self, leaf, steps):
     if leaf.children or leaf.closed:
       return [None] * len(steps)
-    if len(self.nodes) + WIDTH > CAPACITY:
+    if len(self.nodes) + len(steps) > self.capacity:
       self.full = True
       return [None] * len(steps)
     out = []
@@ -89,6 +91,7 @@ class PlainTree:
     return out
 
   def backup(self, node, value):
+    node.own += 1
     while node is not None:
       node.visits += 1
       node.total += value
@@ -106,7 +109,7 @@ def plain_puct(parent, child, c):
   return value + c * child.prior * math.sqrt(max(parent.visits, 1)) / (1 + child.visits)
 
 
-def draw_steps(rng):
+def draw_steps(rng, width):
   """One leaf's K sampled steps and the returns of their roll-outs (NaN: masked)."""
   steps = [
     {
@@ -116,7 +119,7 @@ def draw_steps(rng):
       'terminal': bool(rng.random() < 0.15),
       'cut': False,
     }
-    for _ in range(WIDTH)
+    for _ in range(width)
   ]
   for step in steps:  # equal steps are equal in all they are
     first = next(s for s in steps if s['identity'] == step['identity'])
@@ -127,20 +130,20 @@ def draw_steps(rng):
 
 def stack(rows):
   fields = {k: jnp.array([[s[k] for s in row] for row in rows]) for k in rows[0][0]}
-  shape = (len(rows), WIDTH)
+  shape = (len(rows), len(rows[0]))
   return NewChildren(**fields, gumbel=jnp.zeros(shape), valid=jnp.ones(shape, bool))
 
 
-def run_both(seeds, rule, plain_rule, simulations=6):
+def run_both(seeds, rule, plain_rule, capacity=CAPACITY, width=WIDTH, simulations=6):
   """Runs the forest and plain trees side by side; returns both after checking every step."""
-  tree = empty_tree(len(seeds), CAPACITY, WIDTH)
-  plain = [PlainTree() for _ in seeds]
+  tree = empty_tree(len(seeds), capacity, width)
+  plain = [PlainTree(capacity) for _ in seeds]
   rngs = [np.random.default_rng(seed) for seed in seeds]
   for _ in range(simulations):
     leaf = select(tree, rule, 1.25)
     leaves = [p.select(plain_rule, 1.25) for p in plain]
     assert leaf.tolist() == [p.nodes.index(n) for p, n in zip(plain, leaves, strict=True)]
-    drawn = [draw_steps(rng) for rng in rngs]
+    drawn = [draw_steps(rng, width) for rng in rngs]
     tree, nodes = expand(tree, leaf, stack([steps for steps, _ in drawn]))
     values = jnp.array([v for _, v in drawn])
     tree = backup(tree, nodes, values, ~jnp.isnan(values))
@@ -171,10 +174,11 @@ def assert_same(tree, plain):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(0, 2**31), min_size=TREES, max_size=TREES), st.booleans())
-def test_forest_equals_plain_trees(seeds, use_puct):
+@given(st.sampled_from(SHAPES), st.integers(0, 2**31), st.booleans())
+def test_forest_equals_plain_trees(shape, seed, use_puct):
   rule, plain_rule = (puct, plain_puct) if use_puct else (uct, plain_uct)
-  tree, plain = run_both(seeds, rule, plain_rule)
+  trees, capacity, width = shape
+  tree, plain = run_both(range(seed, seed + trees), rule, plain_rule, capacity, width)
   assert_same(tree, plain)
   assert tree.full.tolist() == [p.full for p in plain]
 
@@ -182,13 +186,14 @@ def test_forest_equals_plain_trees(seeds, use_puct):
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(0, 2**31), min_size=TREES, max_size=TREES))
 def test_visits_add_up(seeds):
-  tree, _ = run_both(seeds, uct, plain_uct)
+  tree, plain = run_both(seeds, uct, plain_uct)
   visits, children = np.asarray(tree.visits), np.asarray(tree.children)
   for b in range(TREES):
     below = [sum(visits[b, c] for c in children[b, i] if c != UNVISITED) for i in range(CAPACITY)]
-    # The root has no roll-out of its own; every other node was made by some.
-    assert visits[b, ROOT] == below[ROOT]
-    assert all(visits[b, i] >= below[i] for i in range(CAPACITY))
+    own = [node.own for node in plain[b].nodes]
+    own += [0] * (CAPACITY - len(own))
+    assert visits[b].tolist() == np.add(below, own).tolist()
+    assert own[ROOT] == 0  # the root has no return of its own
     terminal = np.asarray(tree.terminal)[b]
     assert all(below[i] == 0 for i in range(CAPACITY) if terminal[i])
 

@@ -55,10 +55,18 @@ class MeshConfig(Section):
   data: int = 1
   fsdp: int = 1
   tensor: int = 1
+  # The weights while they sample: 'train' as they are trained, a number over so many `tensor`,
+  # 'auto' the fewest that fit, where there is `fsdp` (stages/layout.py).
+  sampling: Literal['auto', 'train'] | Count = 'auto'
+
+  @property
+  def axes(self) -> dict[str, int]:
+    """Axis name -> size."""
+    return self.model_dump(exclude={'sampling'})
 
   def relations(self) -> Iterator[Relation]:
     """Sizes are positive, save one that is -1."""
-    sizes = self.model_dump()
+    sizes = self.axes
     for axis, size in sizes.items():
       if size < 1 and size != -1:
         yield (axis,), f'mesh.{axis}={size} is no size; use a positive number, or -1 to fill'

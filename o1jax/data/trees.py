@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -61,8 +60,8 @@ def tree_of(forest: Any, problem: int, problem_id: str, prompt: Sequence[int]) -
   )
 
 
-def write(path: pathlib.Path, tree: TreeFile) -> None:
-  """Writes the file in one move."""
+def to_bytes(tree: TreeFile) -> bytes:
+  """The file of a tree."""
   arrays: dict[str, np.ndarray] = {'version': np.array(VERSION)}
   for field in dataclasses.fields(tree):
     value = getattr(tree, field.name)
@@ -75,13 +74,11 @@ def write(path: pathlib.Path, tree: TreeFile) -> None:
       arrays[field.name] = np.asarray(value)
   buffer = io.BytesIO()
   np.savez_compressed(buffer, **arrays)
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_bytes(buffer.getvalue())
-  os.replace(temporary, path)
+  return buffer.getvalue()
 
 
 def read(path: pathlib.Path) -> TreeFile:
-  """The tree of a file that `write` wrote.
+  """The tree of a file of `to_bytes`.
 
   Raises:
     ValueError: the file is of another version.

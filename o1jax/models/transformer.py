@@ -24,6 +24,8 @@ Params = dict[str, Any]
 Cache = tuple[tuple[jax.Array, jax.Array], ...]
 # Measured on 2 CPU cores: below this an unrolled loop beats lax.scan.
 UNROLL_LAYERS = 8
+# Up to so many bytes of parameters a loop is worth a second copy of them, see `Model.apart`.
+_APART_BYTES = 1 << 26
 
 
 class Layer(nnx.Module):
@@ -184,7 +186,7 @@ class Model:
     sliding = [window is not None for window in c.windows]
     if c.num_layers <= UNROLL_LAYERS:
       block = jax.checkpoint(block, static_argnums=2) if self.remat else block
-      for weights, near in zip(_unstack(params['layers'], c.num_layers), sliding, strict=True):
+      for weights, near in zip(_layers(params, c.num_layers), sliding, strict=True):
         x = block(x, weights, near)
     else:
       block = jax.checkpoint(block) if self.remat else block
@@ -192,18 +194,32 @@ class Model:
       x, _ = jax.lax.scan(step, x, (params['layers'], jnp.array(sliding)))
     return rms_norm(x, params['norm'], c.rms_norm_eps)
 
+  def apart(self, params: Params) -> Params:
+    """Within jit: the same parameters as `extend` and `logits` read them fastest, for a loop.
+
+    Left as they are, XLA's CPU compiler takes the stacked layers apart and turns the output layer
+    over in every step: half of a step's time at 8 rows. It costs a copy, so a large model, whose
+    products take far longer than that, stays as it is.
+    """
+    if sum(x.nbytes for x in jax.tree.leaves(params)) > _APART_BYTES:
+      return params
+    layers, kernel = _layers(params, self.config.num_layers), self.output_rows(params).T
+    return {**params, 'layers': layers, 'output_kernel': kernel}
+
   def output_rows(self, params: Params) -> jax.Array:
     """The output layer, [V, D]: the embedding where the two are tied."""
     return params['embed'] if self.config.tie_embeddings else params['lm_head']
 
   def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
     """hidden [..., D] -> next-token logits [..., V] in float32."""
-    return self.read_out(self.output_rows(params), hidden)
+    kernel = params.get('output_kernel')
+    if kernel is None:
+      return self.read_out(self.output_rows(params), hidden)
+    return _logits(hidden, kernel)
 
-  def read_out(self, kernel: jax.Array, hidden: jax.Array) -> jax.Array:
+  def read_out(self, rows: jax.Array, hidden: jax.Array) -> jax.Array:
     """As `logits`, by the output layer itself, [V, D]."""
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    return linear(rows, kernel.T, jnp.float32).reshape(*hidden.shape[:-1], -1)
+    return _logits(hidden, rows.T)
 
   def empty_cache(self, rows: int, columns: int, dtype: jnp.dtype | None = None) -> Cache:
     """Zeroed keys and values of `rows` x `columns` tokens: a (k, v) pair for each layer.
@@ -254,7 +270,7 @@ class Model:
     rope = attention.rope_table(c, positions)
     masks = attention.cache_masks(c, positions, column, valid)
     grown = []
-    layers = _unstack(params['layers'], c.num_layers)
+    layers = _layers(params, c.num_layers)
     for weights, (keys, values), window in zip(layers, cache, c.windows, strict=True):
       layer = nnx.merge(_abstract(c)[0], weights)
       q, k, v = layer.project(x, rope)
@@ -267,11 +283,19 @@ class Model:
     return rms_norm(x, params['norm'], c.rms_norm_eps), tuple(grown)
 
 
-def _unstack(layers: Params, count: int) -> list[Params]:
-  """Stacked [L, ...] parameters -> one dict a layer.
+def _logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+  """hidden [..., D] times kernel [D, V] -> [..., V] in float32."""
+  rows = hidden.reshape(-1, hidden.shape[-1])
+  return linear(rows, kernel, jnp.float32).reshape(*hidden.shape[:-1], -1)
+
+
+def _layers(params: Params, count: int) -> tuple[Params, ...]:
+  """The layers' parameters, one dict a layer: stacked [L, ...] in `params`, or `Model.apart`.
 
   By lax.split: its transpose is one concatenation, that of indexing is L full-size additions.
   """
-  leaves, structure = jax.tree.flatten(layers)
+  if isinstance(params['layers'], tuple):
+    return params['layers']
+  leaves, structure = jax.tree.flatten(params['layers'])
   parts = [jax.lax.split(leaf, (1,) * count) for leaf in leaves]
-  return [jax.tree.unflatten(structure, [part[i][0] for part in parts]) for i in range(count)]
+  return tuple(jax.tree.unflatten(structure, [part[i][0] for part in parts]) for i in range(count))

@@ -7,12 +7,49 @@ splits heads, MLP and vocabulary. One program runs on any of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 AXES = ('data', 'fsdp', 'tensor')
+_COUNT, _THREADS = 'xla_force_host_platform_device_count', 'xla_cpu_multi_thread_eigen'
+
+
+def start_cpu_devices(
+  shape: Mapping[str, int], environ: MutableMapping[str, str] = os.environ
+) -> None:
+  """Before any other use of JAX: on a CPU, the virtual devices that a mesh asks for.
+
+  The products of a small model are too small to be shared by threads: a device for each core, with
+  its part of the rows and one thread, does more than one device with all threads. A number of
+  devices in XLA_FLAGS stays, and so do the devices of an accelerator, and those of a process among
+  several.
+
+  Args:
+    shape: as for `make_mesh`; an axis of -1 takes the cores that are left.
+    environ: where XLA_FLAGS is read and, for devices of one thread, added to.
+  """
+  flags = environ.get('XLA_FLAGS', '')
+  count = cpu_devices(shape, len(os.sched_getaffinity(0)))
+  if count == 1 or _COUNT in flags or jax.distributed.is_initialized():
+    return
+  try:
+    jax.config.update('jax_num_cpu_devices', count)
+  except RuntimeError:  # JAX has started: the devices are what they are
+    return
+  if _THREADS not in flags:
+    environ['XLA_FLAGS'] = f'{flags} --{_THREADS}=false'.strip()
+
+
+def cpu_devices(shape: Mapping[str, int], cores: int) -> int:
+  """How many virtual devices a mesh of this shape asks for; 1 where its sizes make no sense."""
+  sizes = [shape.get(axis, 1) for axis in AXES]
+  rest = math.prod(size for size in sizes if size != -1)
+  if rest < 1 or sizes.count(-1) > 1:
+    return 1
+  return rest * max(1, cores // rest) if -1 in sizes else rest
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -39,6 +76,12 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     )
   auto = (AxisType.Auto,) * len(AXES)
   return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices)
+
+
+def tensor_mesh(mesh: Mesh, ways: int) -> Mesh:
+  """The same devices in the same order, `tensor` over `ways` neighbours, `data` over the rest."""
+  devices = mesh.devices.reshape(-1, 1, ways)
+  return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def meshes_that_fit(count: int, fits: Callable[[AbstractMesh], bool] = lambda mesh: True) -> str:

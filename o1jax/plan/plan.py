@@ -85,8 +85,8 @@ def make(
   progress = Progress(sys.stderr)
   try:
     model = model_of(config, model_config)
-    mesh = make_mesh(config.mesh.model_dump(), chips.devices(topology))
-    found = steps.of_run(config, model, mesh)
+    mesh = make_mesh(config.mesh.axes, chips.devices(topology))
+    found = steps.of_run(config, model, mesh, topology.memory)
   except (ValueError, OSError) as error:
     if isinstance(error, ConfigError):
       raise
@@ -95,7 +95,7 @@ def make(
   estimates = []
   for step in found:
     progress.say(f'{step.name}: compiling for {topology.name}')
-    beside = beside_bytes(given, step.name)
+    beside = beside_bytes(given, step.name) + step.copies
     keep = functools.partial(_write, dump, step.name)
     got = measure.estimate(step, topology, model.config.dtype, beside=beside, keep=keep)
     if search and not got.fits:

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from o1jax.models import lora
 from o1jax.parallel.sharding import RULES
 from o1jax.plan import flops
-from o1jax.plan.arguments import Arguments
+from o1jax.plan.arguments import Arguments, device_bytes
 from o1jax.plan.flops import Flops
 from o1jax.plan.step import Step, factors, step
 from o1jax.sampling import decode, kv_pool
@@ -20,11 +21,40 @@ from o1jax.sampling.paged import CHUNK
 from o1jax.sampling.sampler import COLUMN_MULTIPLE, PROMPT_MULTIPLE, round_up
 from o1jax.sampling.scorer import PrmScorer, score_candidates
 from o1jax.stages import synthesis
+from o1jax.stages.layout import sampling_mesh
 
 
-def of_run(given: Arguments) -> list[Step]:
-  """Prefill, expansion and decoding of the policy, and the PRM's scores of candidate steps."""
-  return [_prefill(given), _expand(given), _decode(given), _score(given)]
+def of_run(given: Arguments, memory: int) -> list[Step]:
+  """Prefill, expansion and decoding of the policy, and the PRM's scores of candidate steps.
+
+  In the layout that sampling has (`stages/layout.py`) on devices of so many bytes: the first three
+  with the policy alone, the scores with the policy and the PRM laid out together.
+  """
+  steps = []
+  for make, roles in (
+    (_prefill, ('policy',)),
+    (_expand, ('policy',)),
+    (_decode, ('policy',)),
+    (_score, ('policy', 'prm')),
+  ):
+    trees = [given.params(role) for role in roles]
+    mesh = sampling_mesh(given.config, given.model, given.mesh, trees, memory)
+    over = given if mesh is None else dataclasses.replace(given, mesh=mesh)
+    copies = 0 if mesh is None else _copies(given, over, roles)
+    steps.append(dataclasses.replace(make(over), copies=copies))
+  return steps
+
+
+def _copies(given: Arguments, over: Arguments, roles: tuple[str, ...]) -> int:
+  """Bytes of a device: the run's own of what is laid out, and what the step does not read of it."""
+  *others, last = roles
+  own = device_bytes(given.params(last))
+  for role in others:
+    tree = given.params(role)
+    shared = lora.is_adapted(tree)
+    own += device_bytes(lora.partition(tree)[0] if shared else tree)
+    own += device_bytes(over.params(role))
+  return own
 
 
 @dataclasses.dataclass(frozen=True)

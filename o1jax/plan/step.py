@@ -24,12 +24,13 @@ class Step:
   lower: Callable[[int], jax.stages.Lowered]  # for so many rows
   flops: Callable[[int], Flops]  # of one call with so many rows
   trips: int = 1  # of a loop that ends when its data says so: at most
+  copies: int = 0  # bytes of a device that parameters in a layout of their own take besides
 
 
 def step(
   given: Arguments, name: str, key: str, rows: int, width: int, lower, count, **more
 ) -> Step:
-  """A `Step` traced within the run's mesh; `more` are its `unit`, times the ways, and `trips`."""
+  """A `Step` traced within its mesh; `more` are its `unit`, times the ways, and `trips`."""
 
   def within(n: int) -> jax.stages.Lowered:
     with jax.set_mesh(given.mesh):

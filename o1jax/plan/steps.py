@@ -12,10 +12,11 @@ from o1jax.plan import sampling
 from o1jax.plan.arguments import Arguments
 from o1jax.plan.step import Step
 from o1jax.plan.training import Training
+from o1jax.stages.layout import sampling_faults
 
 
-def of_run(config: Config, model: Model, mesh: Mesh) -> list[Step]:
-  """Every step of the run in the order of its stages.
+def of_run(config: Config, model: Model, mesh: Mesh, memory: int = 0) -> list[Step]:
+  """Every step of the run in the order of its stages; `memory` are the bytes of a device.
 
   Raises:
     ValueError: parameters or batches do not divide over the mesh; names meshes over which all do.
@@ -25,12 +26,14 @@ def of_run(config: Config, model: Model, mesh: Mesh) -> list[Step]:
     batches = [f'{key}: {fault}' for key, n in _batches(config) for fault in batch_faults(mesh, n)]
     return batches + model_faults(mesh, model, model.shapes())
 
+  if wrong := sampling_faults(config, model, mesh):
+    raise ValueError('; '.join(wrong))
   if faults(mesh):
     fit = meshes_that_fit(mesh.size, lambda other: not faults(other))
     raise ValueError(f'{"; ".join(faults(mesh))}; for all of it use the mesh {fit}')
   given = Arguments(config, model, mesh)
   make = Training(given)
-  return [*make.tcg(), *sampling.of_run(given), make.policy_sft(), make.prm(), *make.rl()]
+  return [*make.tcg(), *sampling.of_run(given, memory), make.policy_sft(), make.prm(), *make.rl()]
 
 
 def _batches(config: Config) -> list[tuple[str, int]]:

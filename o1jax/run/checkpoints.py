@@ -6,9 +6,8 @@ background; `restore` takes 0.05 s; importing Orbax takes 0.6 s, hence the impor
 
 from __future__ import annotations
 
+import json
 import logging
-import pathlib
-import shutil
 import time
 import zlib
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 
 from o1jax.parallel import distributed
+from o1jax.run import bucket
 
 logger = logging.getLogger(__name__)
 
@@ -29,21 +29,24 @@ _MAX_CHECKSUM_BYTES = 64 * 2**20
 class Checkpoints:
   """Saves of one training stage under `folder`, newest last; the last `keep` are kept.
 
-  `every_s` is the wall time after which `due()` asks for the next save. A context manager: leaving
+  `every_s` is the wall time after which `due()` asks for the next save; `before` is called at the
+  start of each. A context manager: leaving
   it waits for the save under way.
   """
 
   def __init__(
     self,
-    folder: pathlib.Path,
+    folder: bucket.Path,
     keep: int = 2,
     every_s: float = 10.0,
     clock: Callable[[], float] = time.monotonic,
+    before: Callable[[], None] = lambda: None,
   ):
     self._ocp = _orbax()
-    self.folder = folder.absolute()
+    self.folder = _absolute(folder)
     self._every_s = every_s
     self._clock = clock
+    self._before = before
     self._saved_at = clock()
     self._manager = self._open(keep)
     self._keep = keep
@@ -66,8 +69,10 @@ class Checkpoints:
     """
     if step == self._manager.latest_step():
       return
+    self._before()
     args = self._ocp.args
     document = {'meta': meta or {}, 'checksum': _checksum(state)}
+    document['meta_checksum'] = _text_checksum(document['meta'])
     items = args.Composite(state=args.StandardSave(state), meta=args.JsonSave(document))
     self._manager.save(step, args=items)
     self._saved_at = self._clock()
@@ -117,6 +122,8 @@ class Checkpoints:
     state, document = self._read(step, like)
     if document['checksum'] not in (None, _checksum(state)):
       raise ValueError('checksum differs')
+    if document['meta_checksum'] != _text_checksum(document['meta']):
+      raise ValueError('checksum of meta differs')
     return state, document['meta']
 
   def _refuse_other_shapes(self, step: int, like: Any) -> None:
@@ -140,14 +147,14 @@ class Checkpoints:
 
   def _rename(self, step: int) -> None:
     aside = self.folder / f'damaged-{step}'
-    shutil.rmtree(aside, ignore_errors=True)
+    bucket.remove(aside)
     (self.folder / str(step)).rename(aside)
 
 
-def save_tree(folder: pathlib.Path, tree: Any) -> None:
+def save_tree(folder: bucket.Path, tree: Any) -> None:
   """Writes a pytree of arrays into `folder`, replacing what was there, and waits for it."""
   with _orbax().StandardCheckpointer() as checkpointer:
-    checkpointer.save(folder.absolute(), tree, force=True)
+    checkpointer.save(_absolute(folder), tree, force=True)
     checkpointer.wait_until_finished()
 
 
@@ -155,7 +162,7 @@ def save_tree(folder: pathlib.Path, tree: Any) -> None:
 Placed = Callable[[Any], Any]
 
 
-def load_tree(folder: pathlib.Path, like: Any = None, placed: Placed | None = None) -> Any:
+def load_tree(folder: bucket.Path, like: Any = None, placed: Placed | None = None) -> Any:
   """Reads what `save_tree` wrote: laid out as `like` or by `placed`, or else on one device.
 
   Without `like` the containers are plain ones.
@@ -163,7 +170,7 @@ def load_tree(folder: pathlib.Path, like: Any = None, placed: Placed | None = No
   Raises:
     FileNotFoundError: nothing whole is there.
   """
-  folder = folder.absolute()
+  folder = _absolute(folder)
   if not distributed.from_first(folder.is_dir):
     raise FileNotFoundError(f'{folder} holds no parameters; run the stage that makes them first')
   with _orbax().StandardCheckpointer() as checkpointer:
@@ -178,15 +185,22 @@ def load_tree(folder: pathlib.Path, like: Any = None, placed: Placed | None = No
     return checkpointer.restore(folder, like)
 
 
-def trees_below(folder: pathlib.Path) -> list[pathlib.Path]:
+def trees_below(folder: bucket.Path) -> list[str]:
   """Folders of `save_tree` anywhere below, sorted; checkpoints and unfinished saves left out."""
-  found = (path.parent.relative_to(folder) for path in folder.glob('**/_METADATA'))
+  files = {path.relative_to(folder) for path in bucket.files_below(folder)}
+  found = {path.parent for path in files if path.name == '_METADATA'}
+  if not bucket.on_disk(folder):  # there, a save is written in its place and marked at the end
+    found = {path for path in found if path / 'commit_success.txt' in files}
   unfinished = '.orbax-checkpoint-tmp'
   return sorted(
-    path
+    path.as_posix()
     for path in found
     if 'checkpoints' not in path.parts and not any(unfinished in part for part in path.parts)
   )
+
+
+def _absolute(folder: bucket.Path) -> bucket.Path:
+  return folder.absolute() if bucket.on_disk(folder) else folder
 
 
 def _orbax() -> Any:
@@ -207,6 +221,12 @@ def _checksum(tree: Any) -> int | None:
   for leaf in jax.device_get(leaves):
     crc = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8), crc)
   return crc
+
+
+def _text_checksum(meta: dict[str, Any]) -> int:
+  """CRC-32 over JSON as it reads back: tuples are lists in it, and keys are text."""
+  read = json.loads(json.dumps(meta))
+  return zlib.crc32(json.dumps(read, sort_keys=True).encode())
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -1,8 +1,8 @@
 """JSON and JSON Lines that survive a kill at any moment.
 
-A whole file is replaced by `write to a temporary name, fsync, rename`: a reader sees the old one or
-the new one. An appended file can end in half a line; readers drop it and say so, and the next
-append cuts it off.
+A whole file is replaced by `write to a temporary name, fsync, rename`, in a bucket by one upload: a
+reader sees the old one or the new one. An appended file can end in half a line; readers drop it and
+say so, and the next append cuts it off. Paths are those of `bucket.place`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from o1jax.parallel import distributed
+from o1jax.run.bucket import Path, on_disk
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +32,16 @@ def dumps(value: Any, indent: int | None = None) -> str:
   return json.dumps(value, default=_plain, ensure_ascii=False, allow_nan=False, indent=indent)
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
   """Replaces `path` by UTF-8 in one move, making its folder first where there is none."""
   write_bytes(path, text.encode('utf-8'))
 
 
-def write_bytes(path: pathlib.Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
   """Replaces `path` in one move, making its folder first where there is none."""
+  if not on_disk(path):
+    path.write_bytes(data)
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{path.name}.tmp')
   with temporary.open('wb') as file:
@@ -52,12 +56,12 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
     os.close(folder)
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
   """Replaces `path` by the JSON of `value` in one move."""
   write_text(path, dumps(value, indent=2) + '\n')
 
 
-def read_json(path: pathlib.Path) -> Any:
+def read_json(path: Path) -> Any:
   """The value in `path`, or None where there is no such file; raises ValueError on damage."""
   try:
     return json.loads(path.read_text(encoding='utf-8'))
@@ -67,7 +71,7 @@ def read_json(path: pathlib.Path) -> Any:
     raise ValueError(f'{path} is damaged ({error}); restore it or remove it') from None
 
 
-def write_jsonl(path: pathlib.Path, rows: Iterable[Any]) -> None:
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
   """Replaces `path` by one JSON object a line, in one move."""
   write_text(path, ''.join(dumps(row) + '\n' for row in rows))
 
@@ -75,7 +79,8 @@ def write_jsonl(path: pathlib.Path, rows: Iterable[Any]) -> None:
 def append_jsonl(path: pathlib.Path, rows: Iterable[Any], sync: bool = True) -> None:
   """Adds rows at the end, after cutting off what a killed append left there.
 
-  Without `sync` the rows outlive a killed process, but not a power cut.
+  On a disk only: a bucket does not append. Without `sync` the rows outlive a killed process, but
+  not a power cut.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   text = ''.join(dumps(row) + '\n' for row in rows)
@@ -87,7 +92,7 @@ def append_jsonl(path: pathlib.Path, rows: Iterable[Any], sync: bool = True) -> 
       os.fsync(file.fileno())
 
 
-def read_jsonl(path: pathlib.Path) -> Iterator[Any]:
+def read_jsonl(path: Path) -> Iterator[Any]:
   """Yields the rows of `path`, none where there is no such file; drops half a line at the end.
 
   Raises:
@@ -95,8 +100,9 @@ def read_jsonl(path: pathlib.Path) -> Iterator[Any]:
   """
   if not path.exists():
     return
-  with path.open(encoding='utf-8', errors='replace') as file:
-    for number, line in enumerate(file, start=1):
+  with path.open('rb') as file:
+    for number, data in enumerate(file, start=1):
+      line = data.decode('utf-8', errors='replace')
       if not line.endswith('\n'):
         logger.warning('%s: dropped the half-written line %d', path, number)
         return
@@ -127,7 +133,7 @@ class Chunks:
   the first writes and reads, and tells the others.
   """
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: Path):
     self.folder = folder
 
   def done(self) -> set[int]:
@@ -150,8 +156,9 @@ class Chunks:
       if before is None or int(path.stem) < before:
         yield from read_jsonl(path)
 
-  def _paths(self) -> list[pathlib.Path]:
-    return sorted(p for p in self.folder.glob('*.jsonl') if p.stem.isdigit())
+  def _paths(self) -> list[Path]:
+    found = self.folder.iterdir() if self.folder.exists() else ()
+    return sorted(p for p in found if p.suffix == '.jsonl' and p.stem.isdigit())
 
 
 def _cut_tail(path: pathlib.Path, file: Any) -> None:

@@ -42,6 +42,7 @@ class Stop:
     self.noted = noted  # the signal of this process, 0 for none
     self._agreed = 0  # of any process, known to all of them
     self._vote: Any = None
+    self._saved = False  # by the last call
 
   @property
   def asked(self) -> bool:
@@ -61,7 +62,9 @@ class Stop:
 
       self._vote = Vote()
     asked, self._agreed = self._vote.cast((int(save), self.noted), wait)
-    return bool(asked or self._agreed)
+    # Whoever asked while the save was on its way has meant that one.
+    self._saved = bool(asked) and (wait or not self._saved)
+    return bool(self._saved or self._agreed)
 
   def check(self) -> None:
     """Raises `Stopped` if a signal has come: to any process, where several have agreed on it."""

@@ -7,7 +7,8 @@
       stages/<stage>/       done.json, data sets, parameters, checkpoints
 
 A stage is done when its `done.json` is there, written last and in one move. A stage that is not
-done goes on from its checkpoints and chunks, or starts again.
+done goes on from its checkpoints and chunks, or starts again. The folder is on a disk or in a
+bucket (`bucket.py`).
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ import logging
 import os
 import pathlib
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 from typing import Any
 
 from o1jax import config as config_lib
 from o1jax.config import Config, ConfigError
 from o1jax.parallel import distributed
-from o1jax.run import checkpoints, files
+from o1jax.run import bucket, checkpoints, files
+from o1jax.run.lease import Held, Lease
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +53,14 @@ class Store:
         run under way.
     """
     self.config = config
-    self.dir = pathlib.Path(config.run.dir)
+    self.dir = _place(config)
+    self.local = self.dir  # for files that grow, on a disk
     self._lock: Any = None
+    self._mirror: bucket.Mirror | None = None
+    self._temporary: tempfile.TemporaryDirectory | None = None
+    if not bucket.on_disk(self.dir):
+      self._temporary = tempfile.TemporaryDirectory(prefix='o1jax-')
+      self.local = pathlib.Path(self._temporary.name)
     distributed.from_first(lambda: self._open(force))
 
   def __enter__(self) -> Store:
@@ -63,17 +71,37 @@ class Store:
 
   def close(self) -> None:
     """Lets another process have the folder."""
-    if self._lock is not None:
-      self._lock.close()
+    try:
+      self.sync()
+    finally:
+      if self._lock is not None:
+        self._lock.close()
+      if self._temporary is not None:
+        self._temporary.cleanup()
 
-  def path(self, stage: str, name: str = '') -> pathlib.Path:
+  def sync(self) -> None:
+    """Brings the growing files into the bucket, if it is one; done before every save.
+
+    Raises:
+      ConfigError: another process has taken the folder over.
+    """
+    if self._mirror is not None:
+      try:
+        self._lock.check()
+      except Held as error:
+        raise _refusal(
+          self.dir, f'{error}; what this run did since its last save is lost'
+        ) from None
+      self._mirror.upload()
+
+  def path(self, stage: str, name: str = '') -> bucket.Path:
     """`stages/<stage>/<name>`; the stage's folder is made where there is none.
 
     `stage` may hold slashes: `round0/rl`.
     """
     folder = self.dir / 'stages' / stage
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / name
+    bucket.make(folder)
+    return folder / name if name else folder
 
   def done(self, stage: str) -> dict[str, Any] | None:
     """The result that `finish` wrote, or None for a stage that is not done."""
@@ -83,19 +111,20 @@ class Store:
   def finish(self, stage: str, result: dict[str, Any]) -> None:
     """Marks a stage as done with its result, then frees its (closed) checkpoints' space."""
     if distributed.is_first():
+      self.sync()
       files.write_json(self.path(stage, 'done.json'), result)
       self.drop_checkpoints(stage)
 
   def drop_checkpoints(self, stage: str) -> None:
     """Frees the space of the stage's (closed) checkpoints; what they led to is written."""
     if distributed.is_first():
-      shutil.rmtree(self.dir / 'stages' / stage / 'checkpoints', ignore_errors=True)
+      bucket.remove(self.dir / 'stages' / stage / 'checkpoints')
 
   def forget(self, stage: str) -> None:
     """Removes everything of a stage, so that it runs again from the start."""
     folder = self.dir / 'stages' / stage
     (folder / 'done.json').unlink(missing_ok=True)  # first: half removed is not done
-    shutil.rmtree(folder, ignore_errors=True)
+    bucket.remove(folder)
 
   def chunks(self, stage: str, name: str) -> files.Chunks:
     """A data set of the stage that grows chunk by chunk."""
@@ -104,7 +133,8 @@ class Store:
   def checkpoints(self, stage: str, name: str = 'state', keep: int = 2) -> checkpoints.Checkpoints:
     """`Checkpoints` of the stage's training state, due every `run.checkpoint_every_s`."""
     folder = self.path(stage, f'checkpoints/{name}')
-    return checkpoints.Checkpoints(folder, keep, self.config.run.checkpoint_every_s)
+    every_s = self.config.run.checkpoint_every_s
+    return checkpoints.Checkpoints(folder, keep, every_s, before=self.sync)
 
   def save_params(self, stage: str, name: str, params: Any) -> None:
     """Writes a final pytree of arrays of the stage."""
@@ -116,8 +146,13 @@ class Store:
 
   def _open(self, force: bool) -> None:
     check_folder(self.config, force)
-    self.dir.mkdir(parents=True, exist_ok=True)
-    self._lock = _lock(self.dir / '.lock')
+    bucket.make(self.dir)
+    if bucket.on_disk(self.dir):
+      self._lock = _lock(self.dir / '.lock')
+    else:
+      self._lock = _leased(self.dir)
+      bucket.remove(self.dir / 'tensorboard')  # made anew from the metrics
+      self._mirror = bucket.Mirror(self.local, self.dir, ('metrics.jsonl', 'run.log'))
     self._write_header()
 
   def _write_header(self) -> None:
@@ -138,23 +173,19 @@ class Store:
     files.write_json(path, {'config': resolved, 'sessions': sessions})
 
 
-def saved_params(folder: pathlib.Path) -> list[str]:
+def saved_params(folder: bucket.Path) -> list[str]:
   """What stages of the run have saved by `save_params`: 'round0/rl/policy', 'tcg/dpo'."""
-  return [path.as_posix() for path in checkpoints.trees_below(folder / 'stages')]
+  return checkpoints.trees_below(folder / 'stages')
 
 
 def check_folder(config: Config, force: bool = False) -> None:
   """Raises `ConfigError` where a `Store` would refuse the folder; leaves nothing behind."""
-  folder = pathlib.Path(config.run.dir)
-  there = folder
-  while not there.exists() and there != there.parent:
-    there = there.parent
-  try:
-    tempfile.TemporaryFile(dir=there).close()  # permission bits say nothing to root
-  except OSError as error:
-    text = f'{there} cannot be written ({error.strerror}); choose another with run.dir=...'
-    raise _refusal(folder, text) from None
-  if there != folder:
+  folder = _place(config)
+  if bucket.on_disk(folder):
+    _check_disk(folder)
+  else:
+    _check_bucket(folder)
+  if not folder.exists():
     return
   try:
     header = files.read_json(folder / 'run.json')
@@ -171,6 +202,35 @@ def check_folder(config: Config, force: bool = False) -> None:
   if changed and not force:
     text = 'holds a run of another config; use another run.dir, or --force to go on with the new'
     raise _refusal(folder, '\n    '.join([f'{text}:', *changed]))
+
+
+def _place(config: Config) -> bucket.Path:
+  try:
+    return bucket.place(config.run.dir)
+  except ValueError as error:
+    raise _refusal(config.run.dir, str(error)) from None
+
+
+def _check_disk(folder: pathlib.Path) -> None:
+  there = folder
+  while not there.exists() and there != there.parent:
+    there = there.parent
+  try:
+    tempfile.TemporaryFile(dir=there).close()  # permission bits say nothing to root
+  except OSError as error:
+    text = f'{there} cannot be written ({error.strerror}); choose another with run.dir=...'
+    raise _refusal(folder, text) from None
+
+
+def _check_bucket(folder: bucket.Path) -> None:
+  """Writes an object and removes it again: nothing else tells what is allowed."""
+  probe = folder / f'.probe-{uuid.uuid4().hex[:8]}'
+  try:
+    probe.write_bytes(b'')
+    probe.unlink()
+  except Exception as error:  # of the network, of Google's login, of gcsfs
+    text = f'cannot be written ({type(error).__name__}: {error}); check its name and your access'
+    raise _refusal(folder, text) from None
 
 
 def versions() -> dict[str, str]:
@@ -219,5 +279,12 @@ def _lock(path: pathlib.Path) -> Any:
   return file
 
 
-def _refusal(folder: pathlib.Path, text: str) -> ConfigError:
+def _leased(folder: bucket.Path) -> Lease:
+  try:
+    return Lease(folder)
+  except Held as error:
+    raise _refusal(folder, f'{error}; wait for it, or use another run.dir') from None
+
+
+def _refusal(folder: bucket.Path | str, text: str) -> ConfigError:
   return ConfigError(f'run.dir={str(folder)!r}', [text])

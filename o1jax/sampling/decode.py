@@ -88,7 +88,7 @@ def run(
     leave: live rows at which to come back (to compact the batch, say).
     mark_ids: tokens after the first of which a row's state is kept in `mark`.
   """
-  max_new = rows.tokens.shape[1]
+  max_new, params = rows.tokens.shape[1], model.apart(params)
 
   def unfinished(rows):
     return (rows.steps < max_new) & (rows.live.sum() > leave)

@@ -94,7 +94,7 @@ class Descents:
   descents: tuple[Descent, ...]
   generated: int  # tokens drawn, siblings not taken included
   computed: int  # tokens that went through the policy: prompts and padding too
-  scored: int  # tokens the scorer read: prompts, distinct candidates, and steps taken again
+  scored: int  # tokens the scorer read: prompts and distinct candidates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +232,6 @@ class _Batch:
       self.path[p] = (*self.path[p], step.tokens)
     if on:
       self.judge = self.scorer.advance(self.judge, taken)
-      self.scored += sum(map(len, taken))
     return on
 
   def _sample(self, sampler: Sampler, problems: np.ndarray, names: np.ndarray) -> Samples:

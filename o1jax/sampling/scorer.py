@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from o1jax.models.heads import states_before, step_head_of
-from o1jax.models.transformer import Model, Params
+from o1jax.models.transformer import Cache, Model, Params
 from o1jax.parallel.distributed import fetch
 from o1jax.parallel.sharding import ambient_ways, on_own_rows
-from o1jax.sampling.cache import DecodeState, extend, gather_rows, grow, prefill
+from o1jax.sampling.cache import DecodeState, extend, gather_rows, grow, laid_out, prefill
+from o1jax.sampling.kv_pool import NONE
 from o1jax.sampling.sampler import COLUMN_MULTIPLE, length_batches, round_up
 
 SHORTEST = 8  # steps are read padded to this or a higher power of two: a compiled chunk each
@@ -34,12 +35,31 @@ class Scorer(Protocol):
     """Log-odds [n] of candidate steps; candidate i continues row slots[i] of the state."""
 
   def advance(self, state: Any, steps: Sequence[Sequence[int]]) -> Any:
-    """The state after one more step (or none, if empty) of each of the P problems."""
+    """The state after one more step of each of the P problems: one scored last, or () for none."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ReadSteps:
+  """What the model keeps of n steps that it has read: their t columns of a cache."""
+
+  cache: Cache
+  mask: jax.Array  # [n, t] bool, the tokens
+  hidden: jax.Array  # [n, D], state after each
+
+
+@dataclasses.dataclass
+class Judged:
+  """The state of a `PrmScorer`: paths that were taken, and the candidates that were read last."""
+
+  state: DecodeState
+  chunks: list[ReadSteps]
+  rows: dict[tuple[int, tuple[int, ...]], tuple[int, int]]  # slot, step -> chunk, row of it
 
 
 @dataclasses.dataclass(frozen=True)
 class PrmScorer:
-  """A process reward model `{'trunk', 'head'}` with its own cache; reads new tokens only.
+  """A process reward model `{'trunk', 'head'}` with its own cache; reads every step once.
 
   Candidates are read in chunks of at most `rows` of similar length.
   """
@@ -48,36 +68,85 @@ class PrmScorer:
   params: dict[str, Params]
   rows: int = 128
 
-  def start(self, tokens: np.ndarray, lengths: np.ndarray) -> DecodeState:
+  def start(self, tokens: np.ndarray, lengths: np.ndarray) -> Judged:
     """See `Scorer`."""
     columns = round_up(tokens.shape[1] + SHORTEST, COLUMN_MULTIPLE)
-    return prefill(self.model, self.params['trunk'], tokens, lengths, columns=columns)
+    state = prefill(self.model, self.params['trunk'], tokens, lengths, columns=columns)
+    return Judged(state, [], {})
 
-  def score(
-    self, state: DecodeState, slots: np.ndarray, steps: Sequence[Sequence[int]]
-  ) -> np.ndarray:
+  def score(self, state: Judged, slots: np.ndarray, steps: Sequence[Sequence[int]]) -> np.ndarray:
     """See `Scorer`."""
-    state = with_room(self.model, state, _padded(steps))
+    state.state = with_room(self.model, state.state, _padded(steps))
+    state.chunks, state.rows = [], {}
     scores = np.zeros(len(steps), np.float32)
     rows = round_up(self.rows, ambient_ways())
     for chunk in length_batches(steps, rows):
       tokens, mask = pad_steps([steps[i] for i in chunk], rows)
       where = np.pad(np.asarray(slots)[chunk], (0, rows - len(chunk)))
-      got = score_candidates(self.model, self.params, state, where, tokens, mask)
+      got, read = score_candidates(self.model, self.params, state.state, where, tokens, mask)
       scores[chunk] = fetch(got)[: len(chunk)]
+      names = [(int(slots[i]), tuple(steps[i])) for i in chunk]
+      state.rows |= {name: (len(state.chunks), row) for row, name in enumerate(names)}
+      state.chunks.append(read)
     return scores
 
-  def advance(self, state: DecodeState, steps: Sequence[Sequence[int]]) -> DecodeState:
-    """See `Scorer`."""
-    return read_steps(self.model, self.params['trunk'], state, steps)
+  def advance(self, state: Judged, steps: Sequence[Sequence[int]]) -> Judged:
+    """See `Scorer`; nothing is read again."""
+    taken = state.state
+    where = np.full((len(state.chunks), taken.rows), NONE, np.int32)
+    for slot, step in enumerate(steps):
+      if len(step):
+        chunk, row = state.rows[slot, tuple(step)]
+        where[chunk, slot] = row
+    for read, rows in zip(state.chunks, where, strict=True):
+      taken = adopt(taken, read, rows)
+    width = max(read.mask.shape[1] for read in state.chunks)
+    return Judged(dataclasses.replace(taken, column=taken.column + width), [], {})
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def score_candidates(model: Model, params, state: DecodeState, slots, tokens, mask) -> jax.Array:
-  """Log-odds [n] of the steps [n, t] after the rows `slots` [n] of the state."""
+def score_candidates(
+  model: Model, params, state: DecodeState, slots, tokens, mask
+) -> tuple[jax.Array, ReadSteps]:
+  """Log-odds [n] of the steps [n, t] after the rows `slots` [n] of the state, and what was read."""
   state = gather_rows(state, slots)
-  hidden, _ = extend(model, params['trunk'], state, tokens, mask)
-  return score_steps(model, params, state.hidden, hidden, tokens, mask)
+  hidden, after = extend(model, params['trunk'], state, tokens, mask)
+  scores = score_steps(model, params, state.hidden, hidden, tokens, mask)
+
+  def new(array, axis):
+    return jax.lax.dynamic_slice_in_dim(array, state.column, tokens.shape[1], axis)
+
+  cache = tuple((new(keys, 3), new(values, 2)) for keys, values in after.cache)
+  return scores, ReadSteps(cache, jnp.asarray(mask), after.hidden)
+
+
+@functools.partial(jax.jit, donate_argnames='state')
+def adopt(state: DecodeState, read: ReadSteps, rows: jax.Array) -> DecodeState:
+  """Puts steps that were read behind rows of a state, at its column, which is not moved.
+
+  Args:
+    state: is donated, and must have t columns left.
+    read: n steps of t columns.
+    rows: [R] int32, which of them comes behind each row; NONE for none.
+  """
+  taken, source = rows != NONE, jnp.maximum(rows, 0)
+
+  def put(old, new, axis):
+    there = jax.lax.dynamic_slice_in_dim(old, state.column, read.mask.shape[1], axis)
+    new = jnp.where(taken.reshape(-1, *(1,) * (old.ndim - 1)), new[source], there)
+    return jax.lax.dynamic_update_slice_in_dim(old, new, state.column, axis)
+
+  layers = zip(state.cache, read.cache, strict=True)
+  counts = read.mask.sum(-1, dtype=jnp.int32)[source]
+  return laid_out(
+    DecodeState(
+      cache=tuple((put(k, new_k, 3), put(v, new_v, 2)) for (k, v), (new_k, new_v) in layers),
+      valid=put(state.valid, read.mask, 1),
+      position=state.position + jnp.where(taken, counts, 0),
+      hidden=jnp.where(taken[:, None], read.hidden[source], state.hidden),
+      column=state.column,
+    )
+  )
 
 
 @functools.partial(jax.jit, static_argnames='model')
@@ -111,14 +180,6 @@ def with_room(model: Model, state: DecodeState, new: int) -> DecodeState:
   if needed <= state.columns:
     return state
   return grow(model, state, columns=round_up(needed, COLUMN_MULTIPLE))
-
-
-def read_steps(
-  model: Model, params: Params, state: DecodeState, steps: Sequence[Sequence[int]]
-) -> DecodeState:
-  """The state after one step (or none, if empty) of every row; donates the one given."""
-  tokens, mask = pad_steps(steps, state.rows)
-  return extend(model, params, with_room(model, state, tokens.shape[1]), tokens, mask)[1]
 
 
 def pad_steps(steps: Sequence[Sequence[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:

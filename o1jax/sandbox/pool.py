@@ -10,7 +10,7 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future
 
 from o1jax import types
@@ -115,10 +115,14 @@ class Pool:
     self._jobs.put((job, future))
     return future
 
-  def judge(self, jobs: Sequence[Job]) -> list[Verdict]:
-    """The verdicts on `jobs`, in their order; raises SandboxError when the sandbox has failed."""
-    log.info('sandbox: %d jobs, tier %s: %s', len(jobs), self.tier, ', '.join(self.layers))
-    return [future.result() for future in [self.submit(job) for job in jobs]]
+  def judge(self, jobs: Iterable[Job]) -> list[Verdict]:
+    """The verdicts on `jobs`, in their order; raises SandboxError when the sandbox has failed.
+
+    The first run while the next are still being made, where `jobs` makes them one by one.
+    """
+    futures = [self.submit(job) for job in jobs]
+    log.info('sandbox: %d jobs, tier %s: %s', len(futures), self.tier, ', '.join(self.layers))
+    return [future.result() for future in futures]
 
   def _start_thread(self, first: bool = False) -> None:
     # A zygote dies with the thread that started it, so each thread starts its own.

@@ -18,11 +18,12 @@ from o1jax.models import lora
 from o1jax.models.transformer import Model
 from o1jax.parallel import distributed
 from o1jax.parallel.sharding import param_shardings, replicated, shard
-from o1jax.run import files, stop
+from o1jax.run import bucket, files, stop
 from o1jax.run.metrics import Metrics
 from o1jax.run.progress import Progress
 from o1jax.run.store import Store
 from o1jax.sampling.keys import stable_id
+from o1jax.stages import layout
 from o1jax.stages.execute import Executor
 from o1jax.types import Problem
 
@@ -105,6 +106,20 @@ class Run:
       return params
     return shard(params, param_shardings(mesh, self.model, params))
 
+  @contextmanager
+  def sampling(self, *trees: Any) -> Iterator[tuple[Any, ...]]:
+    """Parameters laid out for sampling, within the mesh that they lie over; see `layout`."""
+    mesh = self.bench.mesh
+    found = None
+    if mesh.size > 1:
+      memory = layout.device_memory() if self.config.mesh.sampling == 'auto' else 0
+      found = layout.sampling_mesh(self.config, self.model, mesh, trees, memory)
+    if found is None:
+      yield trees
+      return
+    with jax.set_mesh(found):
+      yield tuple(shard(tree, param_shardings(found, self.model, tree)) for tree in trees)
+
   def stage(self, name: str, text: str, body: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of stage `name`, from its marker or by running `body`.
 
@@ -143,7 +158,8 @@ class Run:
   def _seconds(self) -> dict[str, float]:
     folder = self.bench.store.dir / 'stages'
     found = {}
-    for marker in sorted(folder.rglob('done.json'), key=lambda path: path.stat().st_mtime):
+    markers = [path for path in bucket.files_below(folder) if path.name == 'done.json']
+    for marker in sorted(markers, key=bucket.modified):
       name = marker.parent.relative_to(folder).as_posix()
       found[name] = files.read_json(marker)['seconds']
     return found

@@ -36,7 +36,8 @@ def expert_iteration(
     problems = run.known_problems(0)
     prompts = [run.encoder.prompt(p) for p in problems]
     while spent < tokens:  # one path a problem and pass
-      batch = draw(policy, prompts, seed=seed + spent, ids=name_ids(problems))
+      with run.sampling(policy) as (params,):
+        batch = draw(params, prompts, seed=seed + spent, ids=name_ids(problems))
       spent += batch.generated
       paths = [run.encoder.steps_of(batch.ids(i)) for i in range(len(problems))]
       drawn += as_trajectories(run, problems, paths, origin=name, version=0)

@@ -193,7 +193,8 @@ class Ahead:
     problems = draw_problems(config, self._problems, seen, rng)
     prompts = [run.encoder.prompt(p) for p in problems]
     draw = sampler(run, Drawing(config.temperature), run.config.search.rows)
-    found = draw(policy, prompts, seed=seed, ids=name_ids(problems), samples=config.group)
+    with run.sampling(policy) as (policy,):
+      found = draw(policy, prompts, seed=seed, ids=name_ids(problems), samples=config.group)
     rng = self._rng(self._next) if config.staleness else rng
     self._push(problems, found.tokens, found.logprobs, found.lengths, version, rng)
 

@@ -49,9 +49,10 @@ def answer(
   """Samples and judges whole paths by the problems' own tests."""
   prompts = [run.encoder.prompt(p) for p in problems]
   rows = run.config.eval.rows
-  drawn: Samples = sampler(run, how, rows)(
-    params, prompts, seed=seed, ids=name_ids(problems), samples=samples
-  )
+  with run.sampling(params) as (params,):
+    drawn: Samples = sampler(run, how, rows)(
+      params, prompts, seed=seed, ids=name_ids(problems), samples=samples
+    )
   count = len(problems) * samples
   flat = [run.encoder.steps_of(drawn.ids(i)) for i in range(count)]
   repeated = [p for p in problems for _ in range(samples)]

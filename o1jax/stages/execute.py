@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from o1jax.data import steps as steps_lib
@@ -47,10 +47,12 @@ class Executor:
   def judge(
     self,
     problems: Sequence[Problem],
-    paths: Sequence[tuple[Step, ...]],
+    paths: Iterable[tuple[Step, ...]],
     tests: Sequence[tuple[TestCase, ...]] | None = None,
   ) -> list[Verdict | None]:
     """A verdict for each path; None for a path that was cut off before its program.
+
+    `paths` may still be to be read: programs run while those after them are.
 
     A terminal step without a fenced program counts as a program that does not compile.
     `tests` replaces each problem's own; an empty tuple leaves it with its `test_code`.
@@ -59,22 +61,29 @@ class Executor:
       SandboxError: too many programs could not be judged, or a layer stopped applying.
     """
     tests = [p.tests for p in problems] if tests is None else tests
-    keys, jobs = [], {}
-    for problem, path, cases in zip(problems, paths, tests, strict=True):
-      code = steps_lib.program_of(path)
-      key = None if code is None else (problem.id, tuple(cases), code)
-      keys.append(key)
-      if key is not None and key not in self._known:
-        jobs[key] = problem
+    keys: list[_Key | None] = []
+    read: list[tuple[Step, ...]] = []
+    new: dict[_Key, Problem] = {}  # in the order in which each process meets them
+
+    def jobs() -> Iterator[Job]:
+      for problem, path, cases in zip(problems, paths, tests, strict=True):
+        code = steps_lib.program_of(path)
+        key = None if code is None else (problem.id, tuple(cases), code)
+        keys.append(key)
+        read.append(path)
+        if key is not None and key not in self._known and key not in new:
+          new[key] = problem
+          if self._is_own(problem.id):
+            yield self._job(problem, cases, code)
+
     stop.pause()
-    own = [key for key in jobs if self._is_own(key[0])]
-    run = lambda: self._run(own, [p for p in problems if self._is_own(p.id)], jobs)  # noqa: E731
+    run = lambda: self._run([p for p in problems if self._is_own(p.id)], jobs())  # noqa: E731
     shares = [iter(share) for share in distributed.gather(run)]
-    for key in jobs:  # each process judged its own in this order
+    for key in new:  # each process judged its own in this order
       self._known[key] = _verdict(next(shares[self._owner(key[0])]))
     return [
       self._without_program(path, cases) if key is None else self._known[key]
-      for key, path, cases in zip(keys, paths, tests, strict=True)
+      for key, path, cases in zip(keys, read, tests, strict=True)
     ]
 
   def known(self, problems: Sequence[Problem]) -> list[list[Any]]:
@@ -91,17 +100,16 @@ class Executor:
     for i, code, said in rows:
       self._known[problems[i].id, problems[i].tests, code] = _verdict(said)
 
-  def _run(self, keys: Sequence[_Key], problems: Sequence[Problem], of: Mapping[_Key, Problem]):
+  def _run(self, problems: Sequence[Problem], jobs: Iterator[Job]):
     """Verdicts of programs, as plain values where they go to other processes."""
     self._time_references(problems)
-    jobs = []
-    for key in keys:
-      problem_id, cases, code = key
-      problem, limits = of[key], self._limits.get(problem_id)
-      assertions = '' if cases else problem.test_code  # what replaces tests replaces these too
-      jobs.append(Job(code, cases, problem.entry_point, assertions, limits))
     verdicts = self._pool.judge(jobs)
     return verdicts if distributed.count() == 1 else [dataclasses.asdict(v) for v in verdicts]
+
+  def _job(self, problem: Problem, cases: Sequence[TestCase], code: str) -> Job:
+    assertions = '' if cases else problem.test_code  # what replaces tests replaces these too
+    limits = self._limits.get(problem.id)
+    return Job(code, tuple(cases), problem.entry_point, assertions, limits)
 
   def _owner(self, problem_id: str) -> int:
     return zlib.crc32(problem_id.encode()) % distributed.count()

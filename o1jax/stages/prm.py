@@ -163,7 +163,8 @@ def held_out_trees(
   """
   prompts = [run.encoder.prompt(p) for p in problems]
   draw = sampler(run, SAMPLE, run.config.eval.rows)
-  drawn = draw(policy, prompts, seed=seed, ids=name_ids(problems), samples=SAMPLES)
+  with run.sampling(policy) as (policy,):
+    drawn = draw(policy, prompts, seed=seed, ids=name_ids(problems), samples=SAMPLES)
   repeated = [p for p in problems for _ in range(SAMPLES)]
   paths = [run.encoder.steps_of(drawn.ids(i)) for i in range(len(repeated))]
   verdicts = run.executor.judge(repeated, paths)

@@ -102,9 +102,10 @@ def search_row(run: Run, candidate: Candidate, prm: Any) -> dict[str, Any]:
     problems, config = run.test, run.config.eval
     prompts = [run.encoder.prompt(p) for p in problems]
     rule = guided(run, config.search_children)
-    found = rule(
-      candidate.params, PrmScorer(run.model, prm), prompts, seed=SEED + 2, ids=name_ids(problems)
-    )
+    with run.sampling(candidate.params, prm) as (policy, judge):
+      found = rule(
+        policy, PrmScorer(run.model, judge), prompts, seed=SEED + 2, ids=name_ids(problems)
+      )
     paths = [run.encoder.steps_of(d.tokens) for d in found.descents]
     verdicts = run.executor.judge(problems, paths)
     searched = np.array([v is not None and v.status == 'accepted' for v in verdicts], float)

@@ -24,7 +24,7 @@ from o1jax.models.backends import choose
 from o1jax.models.transformer import Model
 from o1jax.parallel import distributed
 from o1jax.parallel.join import join
-from o1jax.parallel.mesh import make_mesh, meshes_that_fit
+from o1jax.parallel.mesh import make_mesh, meshes_that_fit, start_cpu_devices
 from o1jax.parallel.sharding import batch_faults, model_faults, param_shardings
 from o1jax.run import stop
 from o1jax.run.metrics import Metrics
@@ -34,6 +34,7 @@ from o1jax.sandbox.pool import Pool
 from o1jax.sandbox.protocol import Limits, SandboxError
 from o1jax.stages.context import Run, Workbench
 from o1jax.stages.execute import Executor
+from o1jax.stages.layout import sampling_faults
 from o1jax.types import Problem
 
 logger = logging.getLogger(__name__)
@@ -54,14 +55,15 @@ def opened(config: Config, wanted: Sequence[str], force: bool = False) -> Iterat
     ConfigError: with every fault of model, mesh, batches, problems and sandbox.
   """
   join(config.distributed)
+  start_cpu_devices(config.mesh.axes)
   mesh, model, tokenizer = distributed.together(lambda: _checked(config))
   with (
     stop.noting(),
     _ambient(mesh),
     Store(config, force) as store,
-    Metrics(store.dir, config.metrics.tensorboard) as metrics,
+    Metrics(store.local, config.metrics.tensorboard) as metrics,
     distributed.together(lambda: _pool(config)) as pool,
-    _log_file(store.dir / 'run.log'),
+    _log_file(store.local / 'run.log'),
   ):
     bench = Workbench(store, metrics, Progress(), mesh, config.run.log_every)
     base = distributed.together(lambda: _base(config, mesh))
@@ -87,6 +89,7 @@ def opened(config: Config, wanted: Sequence[str], force: bool = False) -> Iterat
 def dry_run(config: Config, force: bool = False) -> None:
   """Checks files, shapes, memory and the sandbox, says what it found, and does nothing."""
   join(config.distributed)
+  start_cpu_devices(config.mesh.axes)
   distributed.from_first(lambda: check_folder(config, force))
   mesh, model, tokenizer = distributed.together(lambda: _checked(config))
   read_split(config, 'dev', PathEncoder(tokenizer))
@@ -206,12 +209,13 @@ def _checked(config: Config):
   except (ValueError, OSError) as error:
     faults.append(f'model.path={config.model.path!r}: {error}')
   try:
-    mesh = make_mesh(config.mesh.model_dump())
+    mesh = make_mesh(config.mesh.axes)
   except ValueError as error:
     faults.append(str(error))
   if mesh is not None:
     faults += _undivided(config, model, mesh)
   if mesh is not None and model is not None:
+    faults += sampling_faults(config, model, mesh)
     faults += _too_large(config, model, mesh)
   if faults:
     raise ConfigError('run', faults)

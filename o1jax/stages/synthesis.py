@@ -20,6 +20,7 @@ from o1jax.data import steps as steps_lib
 from o1jax.data import stepwise, trees
 from o1jax.data.prefix_tree import by_problem
 from o1jax.parallel import distributed
+from o1jax.run import files
 from o1jax.run.stop import deferred
 from o1jax.sampling.draw import SAMPLE, Drawing
 from o1jax.sampling.guided import Guided
@@ -197,21 +198,22 @@ def _trees(run: Run, policy: Any, prm: Any | None, name: str) -> Find:
 
   def find(part: Sequence[Problem], seed: int):
     def evaluate(new: Sequence[tuple[int, tuple[int, ...]]]) -> list[float]:
-      paths = [run.encoder.steps_of(tokens) for _, tokens in new]
+      paths = (run.encoder.steps_of(tokens) for _, tokens in new)
       verdicts = run.executor.judge([part[i] for i, _ in new], paths)
       values = [reward_of(run, v) for v in verdicts]
       return [math.nan if v is None else v for v in values]
 
     prompts = [run.encoder.prompt(p) for p in part]
-    score = None
-    if prm is not None:
-      nodes = len(part) * (1 + mcts.width * mcts.simulations)
-      tokens = config.pool_tokens or sum(map(len, prompts)) + nodes * config.max_step_tokens
-      score = TreeScorer(run.model, prm, prompts, mcts.steps, tokens=tokens, nodes=nodes)
-    with deferred() as stop:
+    judges = () if prm is None else (prm,)
+    with run.sampling(policy, *judges) as (params, *judges), deferred() as stop:
+      score = None
+      for judge in judges:
+        nodes = len(part) * (1 + mcts.width * mcts.simulations)
+        tokens = config.pool_tokens or sum(map(len, prompts)) + nodes * config.max_step_tokens
+        score = TreeScorer(run.model, judge, prompts, mcts.steps, tokens=tokens, nodes=nodes)
       half = HalfSaved(run, name, part, seed, stop)
       forest = mcts(
-        policy,
+        params,
         prompts,
         evaluate,
         score=score,
@@ -221,10 +223,10 @@ def _trees(run: Run, policy: Any, prm: Any | None, name: str) -> Find:
         boundary=half.boundary,
       )
     if config.keep_trees:
-      folder.mkdir(parents=True, exist_ok=True)
       for b, problem in enumerate(part):
+        tree = trees.tree_of(forest, b, problem.id, prompts[b])
         file = folder / f'{stable_id(problem.id):08x}.npz'
-        trees.write(file, trees.tree_of(forest, b, problem.id, prompts[b]))
+        files.write_bytes(file, trees.to_bytes(tree))
     problems = [part[r.problem] for r in forest.rollouts]
     paths = [run.encoder.steps_of(r.path) for r in forest.rollouts]
     return problems, paths, forest.generated
@@ -276,14 +278,14 @@ def _guided(run: Run, policy: Any, prm: Any) -> Find:
   config = run.config.search
   # Log-odds of good and bad steps lie several apart: 0.5 explores near ties only.
   rule = guided(run, config.guided_children, pick_temperature=0.5)
-  scorer = PrmScorer(run.model, prm)
 
   def find(part: Sequence[Problem], seed: int):
     repeated = [p for p in part for _ in range(config.guided_descents)]
     attempts = np.tile(np.arange(config.guided_descents, dtype=np.uint32), len(part))
     ids = np.column_stack([name_ids(repeated), attempts])
     prompts = [run.encoder.prompt(p) for p in repeated]
-    descents = rule(policy, scorer, prompts, seed=seed, ids=ids)
+    with run.sampling(policy, prm) as (params, judge):
+      descents = rule(params, PrmScorer(run.model, judge), prompts, seed=seed, ids=ids)
     paths = [run.encoder.steps_of(d.tokens) for d in descents.descents]
     return repeated, paths, descents.generated
 

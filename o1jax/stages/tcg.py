@@ -194,7 +194,8 @@ def generate(
   how = Drawing(config.temperature) if config.temperature else GREEDY
   draw = Sampler(run.model, config.max_tokens, (tokenizer.eos_id,), how, run.config.eval.rows)
   names = name_ids(problems)[tried]
-  drawn = draw(params, [prompts[i] for i in tried], seed=seed, ids=names, samples=samples)
+  with run.sampling(params) as (params,):
+    drawn = draw(params, [prompts[i] for i in tried], seed=seed, ids=names, samples=samples)
   for row in np.flatnonzero(drawn.stopped):
     at, number = tried[row // samples], row % samples
     text = tokenizer.decode(drawn.ids(row))
