@@ -135,7 +135,7 @@ def measure(case: Case, rules: dict[str, dict[int, Way]]) -> dict[str, Any]:
     for name, ways in rules.items():
       found = ways[budget](case, scorer)
       case.score(found, scorer)
-      rows[name] = row(case, found, picks(case, found)['prm'])
+      rows[name] = row(case, found, case.accepted(chosen(case, found, found.scores)))
     most = max(r['tokens'] for r in rows.values())
     result[str(budget)] = rows, math.ceil(most / each)
   samples = case.sample(max(n for _, n in result.values()))
