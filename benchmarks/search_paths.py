@@ -193,6 +193,8 @@ class Trees:
       mix=self.mix,
       pool_tokens=sum(map(len, case.prompts)) + count * POOL_TOKENS,
     )
+    if judge is None:  # the scorer is the judge too, and must not be asked by two threads at once
+      grow = dataclasses.replace(grow, overlap=False)
     judge = judge or (lambda jobs: scorer([case.split(*job) for job in jobs]))
     ids = name_ids(case.problems)
     forest = grow(case.policy.params, case.prompts, judge, score=scorer, seed=SEED + 2, ids=ids)
