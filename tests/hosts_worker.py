@@ -78,6 +78,7 @@ class Judge:
     self.ran = []
 
   def judge(self, jobs):
+    jobs = list(jobs)
     self.ran += [job.code for job in jobs]
     return [
       Verdict(ACCEPTED if len(job.code) % 2 == 0 else 'wrong_answer', (TestResult(ACCEPTED, 0.5),))

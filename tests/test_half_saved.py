@@ -29,6 +29,7 @@ class Pool:
     self.jobs = 0
 
   def judge(self, jobs):
+    jobs = list(jobs)
     self.jobs += len(jobs)
     return [Verdict(ACCEPTED, (TestResult(ACCEPTED, cpu_s=0.25),), '') for _ in jobs]
 
