@@ -66,6 +66,7 @@ class Case:
   policy: Policy
   problems: Sequence[Problem]
   zygote: Zygote
+  printed: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict)  # by id and code
 
   @property
   def prompts(self) -> list[Tokens]:
@@ -129,8 +130,9 @@ class Case:
   def behaviours(self, problem: Problem, paths: Sequence[Tokens]) -> list[Any]:
     """What the programs print on the inputs of the problem's tests; None without a program."""
     codes = [self.program(path) for path in paths]
-    printed = {code: self._printed(problem, code) for code in set(codes) if code is not None}
-    return [printed.get(code) for code in codes]
+    for code in {code for code in codes if (problem.id, code) not in self.printed} - {None}:
+      self.printed[problem.id, code] = self._printed(problem, code)
+    return [self.printed.get((problem.id, code)) for code in codes]
 
   def _printed(self, problem: Problem, code: str) -> tuple[bytes, ...] | None:
     request = request_for(wire.BATCH, self._job(problem, code), Limits(), list(problem.tests))
@@ -191,6 +193,8 @@ class Trees:
       mix=self.mix,
       pool_tokens=sum(map(len, case.prompts)) + count * POOL_TOKENS,
     )
+    if judge is None:  # the scorer is the judge too, and must not be asked by two threads at once
+      grow = dataclasses.replace(grow, overlap=False)
     judge = judge or (lambda jobs: scorer([case.split(*job) for job in jobs]))
     ids = name_ids(case.problems)
     forest = grow(case.policy.params, case.prompts, judge, score=scorer, seed=SEED + 2, ids=ids)

@@ -56,13 +56,13 @@ BASELINES = ('greedy', 'majority', 'logprob')
 WITH_PRM = ('prm', 'prm_vote')  # samples, of which the PRM chooses: the best, or by weighted vote
 Way = Descents | Trees
 
-# Chosen on dev, see docs/benchmarks.md. A simulation of four children draws some 18 tokens.
-SIMULATIONS = {100: 6, 200: 11, 400: 22}
+# Chosen on dev, see docs/benchmarks.md: children of a node and simulations.
+TREES = {100: (4, 5), 200: (8, 5), 400: (16, 5)}
 RULES: dict[str, dict[int, Way]] = {
   'guided': {100: Descents(4), 200: Descents(10), 400: Descents(20)},
-  'puct': {b: Trees(search.puct, 4, n, mix=1.0, c=0.1) for b, n in SIMULATIONS.items()},
-  'uct': {b: Trees(search.uct, 4, n, mix=1.0, c=0.1) for b, n in SIMULATIONS.items()},
-  'gumbel': {b: Trees(search.gumbel_interior, 4, n, mix=1.0) for b, n in SIMULATIONS.items()},
+  'puct': {b: Trees(search.puct, *n, mix=1.0, c=0.1) for b, n in TREES.items()},
+  'uct': {b: Trees(search.uct, *n, mix=1.0, c=0.1) for b, n in TREES.items()},
+  'gumbel': {b: Trees(search.gumbel_interior, *n, mix=1.0) for b, n in TREES.items()},
 }
 # Solved training problems: as the loop's synthesis searches.
 SYNTHESIS: dict[str, Way] = {
@@ -135,7 +135,7 @@ def measure(case: Case, rules: dict[str, dict[int, Way]]) -> dict[str, Any]:
     for name, ways in rules.items():
       found = ways[budget](case, scorer)
       case.score(found, scorer)
-      rows[name] = row(case, found, picks(case, found)['prm'])
+      rows[name] = row(case, found, case.accepted(chosen(case, found, found.scores)))
     most = max(r['tokens'] for r in rows.values())
     result[str(budget)] = rows, math.ceil(most / each)
   samples = case.sample(max(n for _, n in result.values()))
@@ -231,14 +231,17 @@ def tune(folder: pathlib.Path, problems: int, zygote: Zygote) -> None:
 
 
 PICKS = ('prm', 'prm_vote', 'majority', 'logprob')
-RULE_FUNCTIONS = {'puct': search.puct, 'uct': search.uct, 'gumbel': search.gumbel_interior}
+FUNCTIONS = {'puct': search.puct, 'uct': search.uct, 'gumbel': search.gumbel_interior}
 GRID: dict[str, Way] = {
   f'guided K={k} x {n}, temperature {t}': Descents(k, n, t)
   for k, n, t in ((4, 1, 0.0), (10, 1, 0.0), (20, 1, 0.0), (5, 2, 0.5), (3, 4, 0.5))
 } | {
   f'{name} K={k} x {n}, mix {mix}, c {c}': Trees(rule, k, n, mix, c)
-  for name, rule in RULE_FUNCTIONS.items()
-  for k, n, mix, c in ((4, 7, 1.0, 0.1), (4, 7, 1.0, 1.0), (3, 2, 0.5, 0.1), (3, 2, 0.0, 0.1))
+  for name, rule in FUNCTIONS.items()
+  for k, n, mix, c in (
+    *((k, n, 1.0, 0.1) for k, n in ((4, 7), (4, 11), (8, 6), (16, 6), (8, 12))),
+    *((4, 7, 1.0, 1.0), (3, 2, 0.5, 0.1), (3, 2, 0.0, 0.1)),
+  )
 }
 
 

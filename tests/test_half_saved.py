@@ -29,9 +29,9 @@ class Pool:
     self.jobs = 0
 
   def judge(self, jobs):
-    verdicts = [Verdict(ACCEPTED, (TestResult(ACCEPTED, cpu_s=0.25),), '') for _ in jobs]
-    self.jobs += len(verdicts)
-    return verdicts
+    jobs = list(jobs)
+    self.jobs += len(jobs)
+    return [Verdict(ACCEPTED, (TestResult(ACCEPTED, cpu_s=0.25),), '') for _ in jobs]
 
 
 @pytest.fixture
