@@ -6,7 +6,8 @@ One model with random weights, one batch a loss, AdamW behind a gradient clip on
 float32, in one process. The first loss of both must agree, or nothing is measured. Then the two
 take turns, and the median of the repeats counts, in seconds of the clock, or with `--cpu` of CPU,
 which on one core (`taskset -c 0`) compare on a busy machine too. `tokens_per_s` are tokens that the
-trunk reads (both sides of a preference pair). `--no-reference` leaves torch (the `parity` extra) out.
+trunk reads (both sides of a preference pair). `--no-reference` leaves torch (the `parity` extra)
+out.
 
 `peak_bytes` is what XLA plans for the step: its arguments, results that do not take the place of
 arguments, and temporaries. `minimum_bytes` is what no such step can do without: parameters, two
