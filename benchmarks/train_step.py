@@ -3,9 +3,11 @@
     python benchmarks/train_step.py [--shape small|wide] [--rows 32] [--tokens 128] [--repeats 9]
 
 One model with random weights, one batch a loss, AdamW behind a gradient clip on both sides,
-float32, in one process. The first loss of both must agree, or nothing is measured. Then the
-two take turns, and the median of the repeats counts. `tokens_per_s` are tokens that the trunk
-reads (both sides of a preference pair). `--no-reference` leaves torch (the `parity` extra) out.
+float32, in one process. The first loss of both must agree, or nothing is measured. Then the two
+take turns, and the median of the repeats counts, in seconds of the clock, or with `--cpu` of CPU,
+which on one core (`taskset -c 0`) compare on a busy machine too. `tokens_per_s` are tokens that the
+trunk reads (both sides of a preference pair). `--no-reference` leaves torch (the `parity` extra)
+out.
 
 `peak_bytes` is what XLA plans for the step: its arguments, results that do not take the place of
 arguments, and temporaries. `minimum_bytes` is what no such step can do without: parameters, two
@@ -125,7 +127,9 @@ def memory(update, state, batch, model: Model) -> dict[str, int]:
   return {'peak_bytes': peak, 'minimum_bytes': 16 * weights + read + layers}
 
 
-def measure(name: str, case: Case, model: Model, repeats: int, reference) -> dict[str, float]:
+def measure(
+  name: str, case: Case, model: Model, repeats: int, clock: Callable[[], float], reference
+) -> dict[str, float]:
   """Medians of our step and of the reference's, which take turns."""
   tx = optim.make_optimizer(
     LR, steps=10**6, schedule='constant', weight_decay=0.01, b1=0.9, b2=0.999
@@ -142,14 +146,14 @@ def measure(name: str, case: Case, model: Model, repeats: int, reference) -> dic
       raise ValueError(f'{name}: our loss is {ours}, that of the reference {theirs}: not the same')
   seconds: dict[str, list[float]] = {'': [], 'reference_': []}
   for _ in range(repeats):
-    start = time.perf_counter()
+    start = clock()
     state, metrics = update(state, batch)
     jax.block_until_ready((state, metrics))
-    seconds[''].append(time.perf_counter() - start)
+    seconds[''].append(clock() - start)
     if turn is not None:
-      start = time.perf_counter()
+      start = clock()
       turn()
-      seconds['reference_'].append(time.perf_counter() - start)
+      seconds['reference_'].append(clock() - start)
   for side, times in seconds.items():
     if times:
       row[f'{side}tokens_per_s'] = round(tokens_of(case.batch) / statistics.median(times))
@@ -162,8 +166,10 @@ def main() -> None:
   parser.add_argument('--rows', type=int, default=32)
   parser.add_argument('--tokens', type=int, default=128)
   parser.add_argument('--repeats', type=int, default=9)
+  parser.add_argument('--cpu', action='store_true', help='seconds of CPU, not of the clock')
   parser.add_argument('--no-reference', action='store_true', help='leave torch out')
   args = parser.parse_args()
+  clock = time.process_time if args.cpu else time.perf_counter
   model = Model(SHAPES[args.shape])
   params = jax.jit(model.init)(jax.random.key(0))
   result = {'shape': args.shape, 'rows': args.rows, 'tokens': args.tokens}
@@ -173,7 +179,7 @@ def main() -> None:
     reference = functools.partial(train_step_torch.stepper, folder, lr=LR, beta=BETA)
     for name, case in make_cases(model, params, args.rows, args.tokens).items():
       beside = None if args.no_reference else reference
-      result[name] = measure(name, case, model, args.repeats, beside)
+      result[name] = measure(name, case, model, args.repeats, clock, beside)
       print(name, result[name], flush=True)
   print(json.dumps(result))
 
