@@ -54,9 +54,10 @@ class MeshConfig(Section):
 
   data: int = 1
   fsdp: int = 1
+  sequence: int = 1  # the tokens of each row, in training
   tensor: int = 1
   # The weights while they sample: 'train' as they are trained, a number over so many `tensor`,
-  # 'auto' the fewest that fit, where there is `fsdp` (stages/layout.py).
+  # 'auto' the fewest that fit, where there is `fsdp` or `sequence` (stages/layout.py).
   sampling: Literal['auto', 'train'] | Count = 'auto'
 
   @property

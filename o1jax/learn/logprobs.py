@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from o1jax.batch import TokenBatch
 from o1jax.losses import ppo
 from o1jax.models.transformer import Model
-from o1jax.parallel.sharding import ambient_ways, constrain, on_own_rows
+from o1jax.parallel.sharding import ambient_ways, constrain, on_own_rows, token_ways
 
 # When the caller does not say: logits alive at once on a device (64 MiB of float32), and into how
 # many pieces that may cut a row.
@@ -45,7 +45,7 @@ def states(
   every device then works on all rows, and every product of every layer is summed over the devices.
   With rows kept apart it is the parameters that travel.
   """
-  x = constrain(model.embed(params, tokens), ('batch', None, None))
+  x = constrain(model.embed(params, tokens), ('batch', 'tokens', None))
   return model.hidden_from_embeddings(params, x, positions, segments)
 
 
@@ -128,18 +128,23 @@ def over_columns(
   Returns:
     The pytree of `read` with [B, T] arrays, aligned with `tokens`, 0 in column 0.
   """
-  states, targets = hidden[:, :-1], tokens[:, 1:]
-  rows, columns, _ = states.shape
+  rows, width = tokens.shape
+  split = token_ways(width)
+  last = width if split > 1 else width - 1  # the last state has no target: there to divide
+  states, targets = hidden[:, :last], jnp.pad(tokens[:, 1:], ((0, 0), (0, last + 1 - width)))
+  columns = last // split
   chunk = chunk or columns_at_once(model, rows, columns, ambient_ways())
 
   def aligned(x):
-    return jnp.pad(x, ((0, 0), (1, 0)))
+    return jnp.pad(x[:, : width - 1], ((0, 0), (1, 0)))
 
-  if chunk >= columns:
+  if chunk >= columns and split == 1:
     return jax.tree.map(aligned, read(model.logits(params, states), targets))
-  in_pieces = functools.partial(_in_pieces, lambda k, s, t: read(model.read_out(k, s), t), chunk)
-  kernel = model.output_rows(params)
-  return jax.tree.map(aligned, on_own_rows(in_pieces, kernel, ('vocab', 'embed'), states, targets))
+  read_out = lambda k, s, t: read(model.read_out(k, s), t)  # noqa: E731
+  in_pieces = functools.partial(_in_pieces, read_out, min(chunk, columns))
+  axes, kernel = ('vocab', 'embed'), model.output_rows(params)
+  found = on_own_rows(in_pieces, kernel, axes, states, targets, by_tokens=True)
+  return jax.tree.map(aligned, found)
 
 
 def _in_pieces(read, chunk: int, kernel: jax.Array, states: jax.Array, targets: jax.Array) -> Any:

@@ -71,12 +71,22 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def full_masks(config: ModelConfig, positions: jax.Array, segments: jax.Array) -> Masks:
-  """Causal masks inside equal non-zero segments, from [B, T] positions and segments."""
-  steps = jnp.arange(segments.shape[1])
-  causal = steps[None, :, None] >= steps[None, None, :]
-  same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
-  return _masks(config, causal & same, positions, positions)
+def full_masks(
+  config: ModelConfig,
+  positions: jax.Array,
+  segments: jax.Array,
+  first: jax.Array | int = 0,
+  count: int | None = None,
+) -> Masks:
+  """Causal masks inside equal non-zero segments, from [B, T] positions and segments.
+
+  Of the `count` queries from `first` on, if not of all.
+  """
+  count = segments.shape[1] if count is None else count
+  own = lambda x: jax.lax.dynamic_slice_in_dim(x, first, count, axis=1)  # noqa: E731
+  causal = (first + jnp.arange(count))[None, :, None] >= jnp.arange(segments.shape[1])[None, None]
+  same = (own(segments)[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
+  return _masks(config, causal & same, own(positions), positions)
 
 
 def cache_masks(

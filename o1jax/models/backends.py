@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from o1jax.models import attention
 from o1jax.models.config import ModelConfig
-from o1jax.parallel.sharding import on_own_parts
+from o1jax.parallel.sharding import first_token, on_own_parts, whole_tokens
 
 BACKENDS = ('auto', 'xla', 'cudnn', 'splash')
 _LANES = 128  # columns of a TPU block, and the width that its kernels are made for
@@ -34,7 +34,12 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, bool | jax.Array], jax.Array
 
 
 def choose(
-  wanted: str, config: ModelConfig, columns: int, platform: str | None = None, devices: int = 0
+  wanted: str,
+  config: ModelConfig,
+  columns: int,
+  platform: str | None = None,
+  devices: int = 0,
+  sequence: int = 1,
 ) -> str:
   """The backend for rows of `columns` tokens: what is `wanted`, or for 'auto' the fastest.
 
@@ -45,6 +50,7 @@ def choose(
     platform: 'cpu', 'gpu' or 'tpu'; default is JAX's own.
     devices: of the run; default is all that JAX sees. 'auto' takes splash attention on one only:
       over a mesh it has not been tried on hardware.
+    sequence: devices that share the tokens of a row, which XLA's attention alone can.
 
   Raises:
     ValueError: what is wanted cannot run here; says why.
@@ -54,6 +60,8 @@ def choose(
     raise ValueError(f'attention={wanted!r} is none of {", ".join(BACKENDS)}')
   no_splash = 'it is for TPUs' if platform == 'gpu' else ''
   reasons = {'xla': '', 'cudnn': _no_cudnn(config, platform), 'splash': no_splash}
+  if sequence > 1:
+    reasons |= dict.fromkeys(('cudnn', 'splash'), f'rows are split over mesh.sequence={sequence}')
   if wanted != 'auto':
     if reasons[wanted]:
       raise ValueError(f'attention={wanted}: {reasons[wanted]}; use auto or xla')
@@ -61,7 +69,8 @@ def choose(
   if platform == 'gpu' and not reasons['cudnn']:
     return 'cudnn'
   fits = config.head_dim % _LANES == 0 and columns >= _LANES
-  return 'splash' if platform == 'tpu' and fits and devices == 1 else 'xla'
+  fits = fits and devices == 1 and not reasons['splash']
+  return 'splash' if platform == 'tpu' and fits else 'xla'
 
 
 def attend(backend: str, config: ModelConfig, positions: jax.Array, segments: jax.Array) -> Attend:
@@ -75,18 +84,39 @@ def attend(backend: str, config: ModelConfig, positions: jax.Array, segments: ja
   """
   if backend == 'splash':
     return functools.partial(_splash, config, segments)
-  masks = attention.full_masks(config, positions, segments)
+  attend_under = attention.attend if backend == 'xla' else flash
+  return functools.partial(_masked, attend_under, attention.full_masks(config, positions, segments))
 
-  def masked(q: jax.Array, k: jax.Array, v: jax.Array, sliding: bool | jax.Array) -> jax.Array:
-    if masks.window is None:
-      mask = masks.full
-    elif isinstance(sliding, bool):
-      mask = masks.window if sliding else masks.full
-    else:
-      mask = jnp.where(sliding, masks.window, masks.full)
-    return attention.attend(q, k, v, mask) if backend == 'xla' else flash(q, k, v, mask)
 
-  return masked
+def attend_own_tokens(config: ModelConfig, positions: jax.Array, segments: jax.Array) -> Attend:
+  """As `attend` by XLA, within `sharding.on_own_tokens`: a device has t of the T tokens.
+
+  Keys and values of the others are gathered, layer by layer; scores are [t, T] on each device.
+
+  Args:
+    config: of the model.
+    positions: [B, t] int32.
+    segments: [B, t] int32, 0 for padding.
+  """
+  own = positions.shape[1]
+  every = whole_tokens(positions), whole_tokens(segments)
+  masks = attention.full_masks(config, *every, first_token(own), own)
+
+  def gathered(q: jax.Array, k: jax.Array, v: jax.Array, sliding: bool | jax.Array) -> jax.Array:
+    return _masked(attention.attend, masks, q, whole_tokens(k), whole_tokens(v), sliding)
+
+  return gathered
+
+
+def _masked(attend_under, masks: attention.Masks, q, k, v, sliding: bool | jax.Array) -> jax.Array:
+  """Attention under the mask of a layer that has the window or not."""
+  if masks.window is None:
+    mask = masks.full
+  elif isinstance(sliding, bool):
+    mask = masks.window if sliding else masks.full
+  else:
+    mask = jnp.where(sliding, masks.window, masks.full)
+  return attend_under(q, k, v, mask)
 
 
 def flash(

@@ -19,6 +19,7 @@ from flax import nnx
 from o1jax.models import attention, backends, lora
 from o1jax.models.config import ModelConfig
 from o1jax.models.ops import as_last, gated_silu, linear, rms_norm
+from o1jax.parallel.sharding import on_own_tokens, token_ways
 
 Params = dict[str, Any]
 Cache = tuple[tuple[jax.Array, jax.Array], ...]
@@ -172,11 +173,31 @@ class Model:
   def hidden_from_embeddings(
     self, params: Params, x: jax.Array, positions: jax.Array, segments: jax.Array
   ) -> jax.Array:
-    """Like `hidden`, from embeddings x [B, T, D]."""
+    """Like `hidden`, from embeddings x [B, T, D].
+
+    Where the ambient mesh has `sequence`, a device computes its own of the T tokens.
+
+    Raises:
+      ValueError: an attention that cannot run here; says why.
+    """
+    split = token_ways(x.shape[1])
+    backend = backends.choose(self.attention, self.config, x.shape[1], sequence=split)
+    if split == 1:
+      attend = backends.attend(backend, self.config, positions, segments)
+      return self._hidden(params, x, positions, attend)
+
+    def own(weights, x, positions, segments):
+      attend = backends.attend_own_tokens(self.config, positions, segments)
+      return self._hidden(weights, x, positions, attend)
+
+    weights = {name: params[name] for name in ('layers', 'norm')}
+    return on_own_tokens(own, weights, x, positions, segments)
+
+  def _hidden(
+    self, params: Params, x: jax.Array, positions: jax.Array, attend: backends.Attend
+  ) -> jax.Array:
     c = self.config
     rope = attention.rope_table(c, positions)
-    backend = backends.choose(self.attention, c, x.shape[1])
-    attend = backends.attend(backend, c, positions, segments)
 
     def block(x, weights, sliding):
       layer = nnx.merge(_abstract(c)[0], weights)

@@ -1,7 +1,8 @@
-"""The device mesh: named axes `data`, `fsdp` and `tensor`, with errors that help.
+"""The device mesh: named axes `data`, `fsdp`, `sequence` and `tensor`, with errors that help.
 
-`data` splits the batch and repeats the parameters, `fsdp` splits both, `tensor`
-splits heads, MLP and vocabulary. One program runs on any of them.
+`data` splits the batch and repeats the parameters, `fsdp` splits both, `sequence`
+splits the tokens of each row in training (long context), `tensor` splits heads, MLP
+and vocabulary. One program runs on any of them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-AXES = ('data', 'fsdp', 'tensor')
+AXES = ('data', 'fsdp', 'sequence', 'tensor')
 _COUNT, _THREADS = 'xla_force_host_platform_device_count', 'xla_cpu_multi_thread_eigen'
 
 
@@ -80,7 +81,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 def tensor_mesh(mesh: Mesh, ways: int) -> Mesh:
   """The same devices in the same order, `tensor` over `ways` neighbours, `data` over the rest."""
-  devices = mesh.devices.reshape(-1, 1, ways)
+  devices = mesh.devices.reshape(-1, 1, 1, ways)
   return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -120,8 +121,9 @@ def _short(mesh: AbstractMesh) -> str:
   return ' '.join(f'{axis}={n}' for axis, n in mesh.shape.items() if n > 1) or 'data=1'
 
 
-def _factorisations(count: int) -> list[tuple[int, int, int]]:
-  """Sizes (data, fsdp, tensor) whose product is `count`, simple ones first."""
+def _factorisations(count: int) -> list[tuple[int, int, int, int]]:
+  """Sizes of `AXES` whose product is `count`, simple ones first; `sequence` is for who asks."""
   divisors = [n for n in range(1, count + 1) if count % n == 0]
   sizes = [(count // f // t, f, t) for t in divisors for f in divisors if count % (f * t) == 0]
-  return sorted(sizes, key=lambda s: (s[2], sum(n > 1 for n in s), s[1]))
+  sizes = sorted(sizes, key=lambda s: (s[2], sum(n > 1 for n in s), s[1]))
+  return [(data, fsdp, 1, tensor) for data, fsdp, tensor in sizes]

@@ -18,6 +18,7 @@ from o1jax.parallel.mesh import meshes_that_fit
 
 RULES = {
   'batch': ('data', 'fsdp'),
+  'tokens': 'sequence',
   'vocab': 'tensor',
   'embed': 'fsdp',
   'heads': 'tensor',
@@ -65,6 +66,12 @@ def batch_faults(mesh: Mesh | AbstractMesh, batch: int) -> list[str]:
   if batch % ways == 0:
     return []
   return [f'batch={batch} does not divide over data*fsdp={ways}']
+
+
+def row_faults(mesh: Mesh | AbstractMesh, tokens: int) -> list[str]:
+  """What is wrong with rows of so many tokens over `sequence`, with both numbers."""
+  ways = mesh.shape['sequence']
+  return [f'rows of {tokens} tokens do not divide over sequence={ways}'] if tokens % ways else []
 
 
 def _placed(mesh: Mesh | AbstractMesh, model: Any, params: Any) -> tuple[Any, list[str]]:
@@ -173,6 +180,12 @@ def ambient_ways() -> int:
   return shape.get('data', 1) * shape.get('fsdp', 1)
 
 
+def token_ways(tokens: int) -> int:
+  """Over how many parts of the ambient mesh the tokens of such rows are spread: 1 or `sequence`."""
+  ways = jax.sharding.get_abstract_mesh().shape.get('sequence', 1)
+  return ways if tokens % ways == 0 else 1
+
+
 def spread(tree: Any) -> Any:
   """Host arrays by rows over the ambient mesh, whole if they do not divide; as is without one."""
   mesh, ways = jax.sharding.get_mesh(), ambient_ways()
@@ -202,7 +215,11 @@ def constrain(tree: Any, names: tuple[str | None, ...]) -> Any:
 
 
 def on_own_rows(
-  function: Callable[..., Any], whole: jax.Array, names: tuple[str, ...], *rows: jax.Array
+  function: Callable[..., Any],
+  whole: jax.Array,
+  names: tuple[str, ...],
+  *rows: jax.Array,
+  by_tokens: bool = False,
 ) -> Any:
   """Within jit: `function(whole, *rows)`, on each device of the ambient mesh with its own rows.
 
@@ -213,12 +230,16 @@ def on_own_rows(
     function: of arrays as one device has them; what it returns has rows first.
     whole: the same for all rows.
     names: the logical axes of `whole`; over `tensor` it stays split.
-    rows: arrays with rows first. Where they do not divide, and without a mesh, nothing is split.
+    rows: arrays with rows first. Where they do not divide, and without a mesh, they are not split.
+    by_tokens: their second axis, and that of the result, is tokens, each device has its own of.
   """
-  ways = ambient_ways()
-  if ways == 1 or any(len(x) % ways for x in rows):
+  mesh, split, parts = jax.sharding.get_abstract_mesh(), (), []
+  if ambient_ways() > 1 and not any(len(x) % ambient_ways() for x in rows):
+    split, parts = RULES['batch'], [RULES['batch']]
+  if by_tokens and token_ways(rows[0].shape[1]) > 1:
+    split, parts = (*split, RULES['tokens']), [split or None, RULES['tokens']]
+  if not split:
     return function(whole, *rows)
-  mesh, split = jax.sharding.get_abstract_mesh(), RULES['batch']
   axes = [RULES[name] if RULES[name] in split else None for name in names]
   pairs = zip(axes, whole.shape, strict=True)
   axes = [axis if size % _ways(mesh, axis) == 0 else None for axis, size in pairs]
@@ -229,12 +250,42 @@ def on_own_rows(
         whole = jax.lax.all_gather(whole, axis, axis=i, tiled=True)
     return function(whole, *rows)
 
-  by_rows = PartitionSpec(split)
+  by_rows = PartitionSpec(*parts)
   specs = (PartitionSpec(*axes), *[by_rows] * len(rows))
   mapped = jax.shard_map(
     local, in_specs=specs, out_specs=by_rows, axis_names=set(split), check_vma=False
   )
   return mapped(whole, *rows)
+
+
+def on_own_tokens(function: Callable[..., jax.Array], whole: Any, *rows: jax.Array) -> jax.Array:
+  """Within jit: `function(whole, *rows)`, on each device of `sequence` with its tokens of the rows.
+
+  `whole_tokens` and `first_token` tell the function of the others. Gradients of `whole` are summed
+  over the devices; all other axes of the mesh are the compiler's.
+
+  Args:
+    function: returns an array of [rows, tokens, ...].
+    whole: a pytree, the same for all tokens.
+    rows: arrays of [rows, tokens, ...]; the tokens divide, as `token_ways` says.
+  """
+  axis = RULES['tokens']
+  own = PartitionSpec(None, axis)
+  specs = (PartitionSpec(), *[own] * len(rows))
+  mapped = jax.shard_map(
+    function, in_specs=specs, out_specs=own, axis_names={axis}, check_vma=False
+  )
+  return mapped(whole, *rows)
+
+
+def whole_tokens(x: jax.Array) -> jax.Array:
+  """Within `on_own_tokens`: [rows, tokens, ...] with the tokens of all devices, in their order."""
+  return jax.lax.all_gather(x, RULES['tokens'], axis=1, tiled=True)
+
+
+def first_token(own: int) -> jax.Array:
+  """Within `on_own_tokens`: the number of this device's first token, where each has `own`."""
+  return jax.lax.axis_index(RULES['tokens']) * own
 
 
 def on_own_parts(

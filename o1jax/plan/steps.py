@@ -7,12 +7,13 @@ from jax.sharding import AbstractMesh, Mesh
 from o1jax.config import Config
 from o1jax.models.transformer import Model
 from o1jax.parallel.mesh import meshes_that_fit
-from o1jax.parallel.sharding import batch_faults, model_faults
+from o1jax.parallel.sharding import batch_faults, model_faults, row_faults
 from o1jax.plan import sampling
 from o1jax.plan.arguments import Arguments
 from o1jax.plan.step import Step
 from o1jax.plan.training import Training
 from o1jax.stages.layout import sampling_faults
+from o1jax.stages.setup import row_widths
 
 
 def of_run(config: Config, model: Model, mesh: Mesh, memory: int = 0) -> list[Step]:
@@ -24,6 +25,8 @@ def of_run(config: Config, model: Model, mesh: Mesh, memory: int = 0) -> list[St
 
   def faults(mesh: Mesh | AbstractMesh) -> list[str]:
     batches = [f'{key}: {fault}' for key, n in _batches(config) for fault in batch_faults(mesh, n)]
+    widths = row_widths(config).items()
+    batches += [f'{key}: {fault}' for key, n in widths for fault in row_faults(mesh, n)]
     return batches + model_faults(mesh, model, model.shapes())
 
   if wrong := sampling_faults(config, model, mesh):

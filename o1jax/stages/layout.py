@@ -5,6 +5,7 @@ token in decoding. So before a phase of sampling they are laid out over the same
 `tensor` alone, once: whole on every device where they fit, else split as few ways as do.
 
     mesh.sampling=auto    the fewest ways that fit in 85 % of a device's memory, if there is `fsdp`
+                          or `sequence`, whose devices would sample the same rows
     mesh.sampling=4       over tensor=4
     mesh.sampling=train   as they are trained
 """
@@ -39,7 +40,8 @@ def sampling_mesh(config: Config, model: Model, mesh: Mesh, trees: Any, memory: 
     memory: bytes of a device.
   """
   setting = config.mesh.sampling
-  if setting == 'train' or (setting == 'auto' and mesh.shape['fsdp'] == 1):
+  as_trained = mesh.shape['fsdp'] == mesh.shape['sequence'] == 1
+  if setting == 'train' or (setting == 'auto' and as_trained):
     return None
   if setting != 'auto':
     return tensor_mesh(mesh, setting)

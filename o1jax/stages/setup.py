@@ -25,7 +25,7 @@ from o1jax.models.transformer import Model
 from o1jax.parallel import distributed
 from o1jax.parallel.join import join
 from o1jax.parallel.mesh import make_mesh, meshes_that_fit, start_cpu_devices
-from o1jax.parallel.sharding import batch_faults, model_faults, param_shardings
+from o1jax.parallel.sharding import batch_faults, model_faults, param_shardings, row_faults
 from o1jax.run import stop
 from o1jax.run.metrics import Metrics
 from o1jax.run.progress import Progress
@@ -216,6 +216,7 @@ def _checked(config: Config):
     faults += _undivided(config, model, mesh)
   if mesh is not None and model is not None:
     faults += sampling_faults(config, model, mesh)
+    faults += _attention_faults(config, model, mesh)
     faults += _too_large(config, model, mesh)
   if faults:
     raise ConfigError('run', faults)
@@ -231,6 +232,22 @@ def _undivided(config: Config, model: Model | None, mesh) -> list[str]:
   return [*faults, f'for the model and all batches use the mesh {fit}']
 
 
+def _attention_faults(config: Config, model: Model, mesh) -> list[str]:
+  tokens, ways = config.data.max_prompt_tokens, mesh.shape['sequence']
+  try:
+    choose(model.attention, model.config, tokens, sequence=ways)
+  except ValueError as error:
+    return [f'model.{error}']
+  return []
+
+
+def row_widths(config: Config) -> dict[str, int]:
+  """Tokens of a row in training, by the settings that they come from."""
+  data = config.data
+  path = data.max_prompt_tokens + data.max_path_tokens
+  return {'data.max_prompt_tokens + max_path_tokens': path, 'tcg.row_tokens': config.tcg.row_tokens}
+
+
 def _shape_faults(config: Config, model: Model | None, mesh) -> list[str]:
   # DPO trains on pairs: half as many rows on either side.
   halves = 2 if config.rl.algorithm == 'dpo' else 1
@@ -242,6 +259,8 @@ def _shape_faults(config: Config, model: Model | None, mesh) -> list[str]:
     'rl.minibatch': max(1, config.rl.minibatch // halves),
   }
   faults = [f'{key}: {fault}' for key, n in sizes.items() for fault in batch_faults(mesh, n)]
+  for key, tokens in row_widths(config).items():
+    faults += [f'{key}: {fault}' for fault in row_faults(mesh, tokens)]
   return faults if model is None else faults + model_faults(mesh, model, model.shapes())
 
 
