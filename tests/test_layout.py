@@ -38,11 +38,11 @@ def ways(mesh, memory, **sampling):
 def test_whole_where_it_fits_else_the_fewest_ways_else_as_trained():
   mesh = make_mesh(FSDP)
   need = lambda n: layout.device_bytes(config_of(), SHAPE, mesh, n, SHAPE.shapes()) / 0.85  # noqa: E731
-  assert ways(mesh, need(1) + 2) == {'data': 8, 'fsdp': 1, 'tensor': 1}
-  assert ways(mesh, need(1) - 2) == {'data': 4, 'fsdp': 1, 'tensor': 2}
+  assert ways(mesh, need(1) + 2) == {'data': 8, 'fsdp': 1, 'sequence': 1, 'tensor': 1}
+  assert ways(mesh, need(1) - 2) == {'data': 4, 'fsdp': 1, 'sequence': 1, 'tensor': 2}
   assert need(4) > need(2)  # two key heads do not split four ways: their cache is repeated
   assert ways(mesh, need(2) - 2) is None
-  assert ways(mesh, 0, sampling=4) == {'data': 2, 'fsdp': 1, 'tensor': 4}
+  assert ways(mesh, 0, sampling=4) == {'data': 2, 'fsdp': 1, 'sequence': 1, 'tensor': 4}
   assert ways(mesh, 1e12, sampling='train') is None
   assert ways(make_mesh({'data': 4, 'tensor': 2}), 1e12) is None  # nothing to gather there
   # Five sets of parameters over fsdp=4, one whole, the keys and values of 8 rows over 8 devices.
@@ -83,7 +83,7 @@ def test_a_stage_samples_within_its_mesh_and_leaves_it():
   with jax.set_mesh(mesh):
     with Run.sampling(run, trained['trunk'], trained) as (policy, prm):
       within = jax.sharding.get_mesh()
-      assert dict(within.shape) == {'data': 4, 'fsdp': 1, 'tensor': 2}
+      assert dict(within.shape) == {'data': 4, 'fsdp': 1, 'sequence': 1, 'tensor': 2}
       for tree in (policy, prm):
         assert {x.sharding.mesh for x in jax.tree.leaves(tree)} == {within}
     assert jax.sharding.get_mesh() == mesh

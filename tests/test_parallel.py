@@ -145,7 +145,8 @@ def test_a_cpu_starts_the_devices_of_the_mesh_unless_told_a_number(flags, device
 
 def test_mesh_errors_propose_meshes_that_fit():
   with pytest.raises(
-    ValueError, match='data=3 fsdp=1 tensor=1 needs 3 devices, found 8; use data=8'
+    ValueError,
+    match='data=3 fsdp=1 sequence=1 tensor=1 needs 3 devices, found 8; use data=8',
   ):
     make_mesh({'data': 3})
   with pytest.raises(ValueError, match=r"unknown mesh axes \['model'\]"):
@@ -154,7 +155,8 @@ def test_mesh_errors_propose_meshes_that_fit():
     make_mesh({'data': -1, 'tensor': 3})
   with pytest.raises(ValueError, match='at most one may be -1'):
     make_mesh({'data': -1, 'fsdp': -1})
-  assert dict(make_mesh({'data': -1, 'tensor': 2}).shape) == {'data': 4, 'fsdp': 1, 'tensor': 2}
+  filled = make_mesh({'data': -1, 'sequence': 2, 'tensor': 2})
+  assert dict(filled.shape) == {'data': 2, 'fsdp': 1, 'sequence': 2, 'tensor': 2}
 
 
 def test_batch_and_model_errors_name_both_numbers():

@@ -69,7 +69,7 @@ def planned(command):
 
 def test_the_plan_of_a_tiny_run(planned):
   assert planned['parameters'] == PARAMETERS
-  assert planned['mesh'] == {'data': 1, 'fsdp': 4, 'tensor': 2}
+  assert planned['mesh'] == {'data': 1, 'fsdp': 4, 'sequence': 1, 'tensor': 2}
   assert planned['compiled_for'] == 'virtual CPU devices'
   decode, sft = planned['steps']
   assert (sft['step'], sft['rows'], sft['width']) == ('policy_sft', 16, 64)
@@ -108,7 +108,7 @@ def test_hours_and_cost_add_up(planned):
 def test_the_tables(command, capsys):
   assert main([*command, '--topology', 'cpu:8', '--steps', 'prefill']) == 0
   out = capsys.readouterr().out
-  assert 'cpu:8, 8 devices of ' in out and 'mesh data=1 fsdp=4 tensor=2' in out
+  assert 'cpu:8, 8 devices of ' in out and 'mesh data=1 fsdp=4 sequence=1 tensor=2' in out
   assert 'compiled for virtual CPU devices' in out
   row = next(line for line in out.splitlines() if '16 x 32' in line)
   assert 'prefill' in row and 'yes' in row

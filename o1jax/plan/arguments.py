@@ -99,7 +99,7 @@ class Arguments:
     moments = jax.eval_shape(tx.init, trained)
     moments = jax.tree.map(laid_out, moments, is_leaf=lambda x: jax.tree.structure(x) == like)
     count = at(jax.ShapeDtypeStruct((), jnp.int32), whole)
-    return TrainState(trained, moments, count, count), frozen
+    return TrainState(trained, moments, count, count, count), frozen
 
   def placed(self, tree: Any) -> Any:
     """Parameters, or a tree around them, in the run's layout."""
