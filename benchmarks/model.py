@@ -6,7 +6,7 @@ Random weights of the embedded default's size on whatever device JAX finds, by t
 prefill, decoding loop and train step (SFT, AdamW behind a gradient clip), rows over `--data`
 devices: on a CPU what `mesh.data` of a run starts, -1 one for each core.
 `--reference` runs transformers + torch (the `parity` extra) on the same shapes
-in the same process; the two take turns. Best of the repeats, in generated or trained tokens a
+in the same process, case by case. Best of the repeats, in generated or trained tokens a
 second. `--cpu` counts seconds of CPU instead of the clock's: on one core (`taskset -c 0`) they
 compare on a busy machine too.
 """
@@ -45,6 +45,7 @@ SHAPES = {
 }
 PROMPT, NEW, DECODE_ROWS = 48, 96, (16, 128)
 TRAIN_ROWS, TRAIN_TOKENS = 64, 96
+PAUSE_S = 0.5
 
 
 def generate(model, params, prompt, keys):
@@ -114,14 +115,20 @@ def reference(model, params):
 
 
 def measure(cases, repeats, clock):
-  """Tokens a second of each case, the fastest of the repeats; the cases take turns."""
+  """Tokens a second of each case, the fastest of all repeats.
+
+  The repeats of a case follow one another, and all cases come twice. Between cases is a pause: for
+  a fifth of a second behind a call torch's threads wait at full speed, and take a core from what
+  comes then.
+  """
   seconds = dict.fromkeys(cases, float('inf'))
-  for repeat in range(repeats + 1):
-    for name, (_, function) in cases.items():
+  for name, (_, function) in [*cases.items(), *cases.items()]:
+    time.sleep(PAUSE_S)
+    jax.block_until_ready(function())  # the first compiles
+    for _ in range(repeats):
       start = clock()
       jax.block_until_ready(function())
-      if repeat:  # the first compiles
-        seconds[name] = min(seconds[name], clock() - start)
+      seconds[name] = min(seconds[name], clock() - start)
   return {name: round(tokens / seconds[name]) for name, (tokens, _) in cases.items()}
 
 

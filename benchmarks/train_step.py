@@ -39,7 +39,7 @@ from o1jax.learn.update import make_update
 from o1jax.models import Model, ScalarHead, StepHead, hf
 
 STEPS = 4  # reasoning steps of a row
-LR, BETA = 1e-4, 0.1
+LR, BETA, PAUSE_S = 1e-4, 0.1, 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,11 @@ def memory(update, state, batch, model: Model) -> dict[str, int]:
 def measure(
   name: str, case: Case, model: Model, repeats: int, clock: Callable[[], float], reference
 ) -> dict[str, float]:
-  """Medians of our step and of the reference's, which take turns."""
+  """Medians of our step and of the reference's, which take turns.
+
+  Between turns is a pause: for a fifth of a second behind a call torch's threads wait at full
+  speed, and would take a core from our step.
+  """
   tx = optim.make_optimizer(
     LR, steps=10**6, schedule='constant', weight_decay=0.01, b1=0.9, b2=0.999
   )
@@ -146,6 +150,7 @@ def measure(
       raise ValueError(f'{name}: our loss is {ours}, that of the reference {theirs}: not the same')
   seconds: dict[str, list[float]] = {'': [], 'reference_': []}
   for _ in range(repeats):
+    time.sleep(PAUSE_S if turn is not None else 0)
     start = clock()
     state, metrics = update(state, batch)
     jax.block_until_ready((state, metrics))

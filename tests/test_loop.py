@@ -77,7 +77,7 @@ def whole(tmp_path_factory):
   [
     ('rl.gruop=4', 'did you mean'),
     ('rl.lr=fast', 'rl.lr'),
-    ('mesh.data=3', 'needs 3 devices'),
+    ('mesh.data=3', 'does not divide over data*fsdp=3'),
     ('model.path=/nowhere', '/nowhere'),
     ('rl.minibatch=7', 'does not divide'),
     ('run.dir=/proc/nowhere', 'cannot be written'),
