@@ -1,8 +1,8 @@
 """Training and decoding speed of the decoder, last line one JSON object.
 
-    python benchmarks/model.py [--reference] [--shape small|wide] [--repeats 5] [--data 1]
+    python benchmarks/model.py [--reference] [--shape base|wide] [--repeats 5] [--data 1]
 
-Random weights of the embedded default's size on whatever device JAX finds, by the library's own
+Random weights of the bundled base model's size on whatever device JAX finds, by the library's own
 prefill, decoding loop and train step (SFT, AdamW behind a gradient clip), rows over `--data`
 devices: on a CPU what `mesh.data` of a run starts, -1 one for each core.
 `--reference` runs transformers + torch (the `parity` extra) on the same shapes
@@ -39,8 +39,8 @@ from o1jax.sampling.decode import decode
 from o1jax.sampling.draw import GREEDY
 
 SHAPES = {
-  # The embedded default's neighbourhood, and the wider model of the first baseline.
-  'small': ModelConfig(1024, 96, 3, 4, 1, 256, head_dim=24),
+  # That of the bundled base model, and the wider one of the first baseline.
+  'base': ModelConfig(949, 96, 3, 4, 1, 288, head_dim=24),
   'wide': ModelConfig(512, 128, 4, 4, 4, 352),
 }
 PROMPT, NEW, DECODE_ROWS = 48, 96, (16, 128)
@@ -134,7 +134,7 @@ def measure(cases, repeats, clock):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--shape', choices=SHAPES, default='wide')
+  parser.add_argument('--shape', choices=SHAPES, default='base')
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--data', type=int, default=1, help='devices; -1: all, or one for each core')
   parser.add_argument('--cpu', action='store_true', help='seconds of CPU, not of the clock')

@@ -1,6 +1,6 @@
 """Speed of a training step for each loss, beside torch + transformers; last line one JSON object.
 
-    python benchmarks/train_step.py [--shape small|wide] [--rows 32] [--tokens 128] [--repeats 9]
+    python benchmarks/train_step.py [--shape base|wide] [--rows 32] [--tokens 128] [--repeats 9]
 
 One model with random weights, one batch a loss, AdamW behind a gradient clip on both sides,
 float32, in one process. The first loss of both must agree, or nothing is measured. Then the two
@@ -167,7 +167,7 @@ def measure(
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--shape', choices=SHAPES, default='small')
+  parser.add_argument('--shape', choices=SHAPES, default='base')
   parser.add_argument('--rows', type=int, default=32)
   parser.add_argument('--tokens', type=int, default=128)
   parser.add_argument('--repeats', type=int, default=9)

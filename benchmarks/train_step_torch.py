@@ -76,9 +76,11 @@ def prm(model, head, batch, tensor, beta):
 
   tokens, ids = tensor(batch.tokens).long(), tensor(batch.step_ids)
   hidden = model.model(tokens).last_hidden_state
+  logprobs = torch.nn.functional.pad(logprobs_of(model.lm_head(hidden), tokens), (1, 0))
   before = torch.nn.functional.pad(hidden[:, :-1], (0, 0, 1, 0))
   following = torch.nn.functional.pad(ids[:, 1:], (0, 1))
   each = ((before @ head['bilinear']) * model.model.embed_tokens(tokens)).sum(-1)
+  each = each + head['logprob'] * logprobs
   each = each + (ids != following) * (hidden @ head['kernel'] + head['bias'])
   labels = tensor(batch.labels)
   members = ids[:, :, None] == torch.arange(1, labels.shape[1] + 1)
