@@ -183,6 +183,7 @@ eval: {samples: 2, search_children: 3, rows: 64, bootstrap: 100}
 
 # The whole loop with a save after every step, for kills.
 OFTEN = SMALL.replace('checkpoint_every_s: 1000', 'checkpoint_every_s: 0.001')
+OFTEN = OFTEN.replace('simulations: 4', 'simulations: 32')  # the search takes eight turns
 
 
 def started(folder, processes, config):
