@@ -17,6 +17,7 @@ import importlib.util
 import logging
 import pathlib
 import posixpath
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,8 +93,6 @@ def modified(path: Path) -> float:
 def remove(folder: Path) -> None:
   """Removes a folder with everything in it, where there is one."""
   if on_disk(folder):
-    import shutil
-
     shutil.rmtree(folder, ignore_errors=True)
   else:
     folder.rmtree(missing_ok=True)
