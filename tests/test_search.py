@@ -8,6 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_tree import (
+  PlainTree,
+  plain_gumbel_interior,
+  plain_gumbel_root,
+  plain_puct,
+  plain_uct,
+)
 
 from o1jax.search import (
   NO_PARENT,
@@ -20,6 +27,8 @@ from o1jax.search import (
   empty_tree,
   expand,
   exponential,
+  gumbel_interior,
+  gumbel_root,
   linear,
   puct,
   select,
@@ -28,85 +37,15 @@ from o1jax.search import (
 
 TREES, CAPACITY, WIDTH = 3, 16, 3
 SHAPES = ((TREES, CAPACITY, WIDTH), (1, 9, 2), (4, 21, 5))  # each compiles once
-
-
-class PlainNode:
-  def __init__(self, parent=None, identity=None, logprob=0.0, score=0.0, terminal=False, cut=False):
-    self.parent, self.identity, self.logprob, self.score = parent, identity, logprob, score
-    self.terminal, self.cut = terminal, cut
-    self.visits, self.picks, self.total, self.prior = 0, 0, 0.0, 0.0
-    self.own = 0  # returns seen at the node itself
-    self.children = []
-    self.depth = 0 if parent is None else parent.depth + 1
-
-  @property
-  def closed(self):
-    if self.terminal or self.cut:
-      return True
-    return bool(self.children) and all(c.closed for c in self.children)
-
-
-class PlainTree:
-  """Monte-Carlo tree search as a textbook writes it."""
-
-  def __init__(self, capacity=CAPACITY):
-    self.root, self.capacity = PlainNode(), capacity
-    self.nodes = [self.root]
-    self.full = False
-
-  def select(self, rule, c):
-    node = self.root
-    while node.children and not node.closed:
-      best, best_score = None, -math.inf
-      for child in node.children:
-        score = rule(node, child, c)
-        if not child.closed and score > best_score:
-          best, best_score = child, score
-      node = best
-    return node
-
-  def expand(self, leaf, steps):
-    if leaf.children or leaf.closed:
-      return [None] * len(steps)
-    if len(self.nodes) + len(steps) > self.capacity:
-      self.full = True
-      return [None] * len(steps)
-    out = []
-    for step in steps:
-      same = [n for n in leaf.children if n.identity == step['identity']]
-      if same:
-        out.append(same[0])
-        continue
-      node = PlainNode(leaf, **step)
-      leaf.children.append(node)
-      self.nodes.append(node)
-      out.append(node)
-    up = leaf
-    while up is not None:
-      up.picks += 1
-      up = up.parent
-    weights = [math.exp(n.logprob) for n in leaf.children]
-    for node, weight in zip(leaf.children, weights, strict=True):
-      node.prior = weight / sum(weights)
-    return out
-
-  def backup(self, node, value):
-    node.own += 1
-    while node is not None:
-      node.visits += 1
-      node.total += value
-      node = node.parent
-
-
-def plain_uct(parent, child, c):
-  if child.visits == 0:
-    return math.inf
-  return child.total / child.visits + c * math.sqrt(math.log(parent.visits) / child.visits)
-
-
-def plain_puct(parent, child, c):
-  value = child.total / child.visits if child.visits else child.score
-  return value + c * child.prior * math.sqrt(max(parent.visits, 1)) / (1 + child.visits)
+SIMULATIONS = 6
+RULES = {  # ours and the plain tree's, each with the rule at the root where it is another
+  'uct': ((uct, None), (plain_uct, None)),
+  'puct': ((puct, None), (plain_puct, None)),
+  'gumbel': (
+    (gumbel_interior, gumbel_root(SIMULATIONS)),
+    (plain_gumbel_interior, plain_gumbel_root(SIMULATIONS)),
+  ),
+}
 
 
 def draw_steps(rng, width):
@@ -116,6 +55,7 @@ def draw_steps(rng, width):
       'identity': int(rng.integers(4)),
       'logprob': float(-rng.integers(1, 40) / 8),
       'score': float(rng.integers(0, 64) / 64),
+      'gumbel': float(rng.gumbel()),
       'terminal': bool(rng.random() < 0.15),
       'cut': False,
     }
@@ -130,18 +70,18 @@ def draw_steps(rng, width):
 
 def stack(rows):
   fields = {k: jnp.array([[s[k] for s in row] for row in rows]) for k in rows[0][0]}
-  shape = (len(rows), len(rows[0]))
-  return NewChildren(**fields, gumbel=jnp.zeros(shape), valid=jnp.ones(shape, bool))
+  return NewChildren(**fields, valid=jnp.ones((len(rows), len(rows[0])), bool))
 
 
-def run_both(seeds, rule, plain_rule, capacity=CAPACITY, width=WIDTH, simulations=6):
+def run_both(seeds, name, capacity=CAPACITY, width=WIDTH):
   """Runs the forest and plain trees side by side; returns both after checking every step."""
+  (rule, root_rule), (plain_rule, plain_root) = RULES[name]
   tree = empty_tree(len(seeds), capacity, width)
   plain = [PlainTree(capacity) for _ in seeds]
   rngs = [np.random.default_rng(seed) for seed in seeds]
-  for _ in range(simulations):
-    leaf = select(tree, rule, 1.25)
-    leaves = [p.select(plain_rule, 1.25) for p in plain]
+  for _ in range(SIMULATIONS):
+    leaf = select(tree, rule, 1.25, root_rule=root_rule)
+    leaves = [p.select(plain_rule, 1.25, plain_root) for p in plain]
     assert leaf.tolist() == [p.nodes.index(n) for p, n in zip(plain, leaves, strict=True)]
     drawn = [draw_steps(rng, width) for rng in rngs]
     tree, nodes = expand(tree, leaf, stack([steps for steps, _ in drawn]))
@@ -173,12 +113,11 @@ def assert_same(tree, plain):
     assert not tree.visits[b, n:].any()
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.sampled_from(SHAPES), st.integers(0, 2**31), st.booleans())
-def test_forest_equals_plain_trees(shape, seed, use_puct):
-  rule, plain_rule = (puct, plain_puct) if use_puct else (uct, plain_uct)
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(SHAPES), st.integers(0, 2**31), st.sampled_from(sorted(RULES)))
+def test_forest_equals_plain_trees(shape, seed, name):
   trees, capacity, width = shape
-  tree, plain = run_both(range(seed, seed + trees), rule, plain_rule, capacity, width)
+  tree, plain = run_both(range(seed, seed + trees), name, capacity, width)
   assert_same(tree, plain)
   assert tree.full.tolist() == [p.full for p in plain]
 
@@ -186,7 +125,7 @@ def test_forest_equals_plain_trees(shape, seed, use_puct):
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(0, 2**31), min_size=TREES, max_size=TREES))
 def test_visits_add_up(seeds):
-  tree, plain = run_both(seeds, uct, plain_uct)
+  tree, plain = run_both(seeds, 'uct')
   visits, children = np.asarray(tree.visits), np.asarray(tree.children)
   for b in range(TREES):
     below = [sum(visits[b, c] for c in children[b, i] if c != UNVISITED) for i in range(CAPACITY)]
@@ -199,8 +138,8 @@ def test_visits_add_up(seeds):
 
 
 def test_rows_are_independent():
-  both, _ = run_both([1, 2, 3], uct, plain_uct)
-  other, _ = run_both([1, 77, 3], uct, plain_uct)
+  both, _ = run_both([1, 2, 3], 'uct')
+  other, _ = run_both([1, 77, 3], 'uct')
   for a, b in zip(jax.tree.leaves(both), jax.tree.leaves(other), strict=True):
     np.testing.assert_array_equal(np.asarray(a)[[0, 2]], np.asarray(b)[[0, 2]])
   assert not np.array_equal(np.asarray(both.value_sum)[1], np.asarray(other.value_sum)[1])
@@ -208,7 +147,7 @@ def test_rows_are_independent():
 
 def test_equal_siblings_are_one_node_and_masked_returns_count_nothing():
   tree = empty_tree(1, CAPACITY, WIDTH)
-  step = {'logprob': math.log(0.2), 'score': 0.5, 'terminal': False, 'cut': False}
+  step = {'logprob': math.log(0.2), 'score': 0.5, 'terminal': False, 'cut': False, 'gumbel': 0.0}
   rows = [[step | {'identity': 7}, step | {'identity': 7}, step | {'identity': 9}]]
   tree, nodes = expand(tree, jnp.array([ROOT]), stack(rows))
   assert nodes.tolist() == [[1, 1, 2]]
@@ -224,7 +163,7 @@ def test_equal_siblings_are_one_node_and_masked_returns_count_nothing():
 
 def test_a_full_tree_is_marked_and_keeps_its_nodes():
   tree = empty_tree(1, 1 + WIDTH, WIDTH)
-  step = {'logprob': -1.0, 'score': 0.0, 'terminal': False, 'cut': False}
+  step = {'logprob': -1.0, 'score': 0.0, 'terminal': False, 'cut': False, 'gumbel': 0.0}
   rows = [[step | {'identity': i} for i in range(WIDTH)]]
   tree, _ = expand(tree, jnp.array([ROOT]), stack(rows))
   assert not tree.full[0]
@@ -237,7 +176,7 @@ def test_a_full_tree_is_marked_and_keeps_its_nodes():
 
 def test_cut_leaves_are_never_selected_and_close_their_parents():
   tree = empty_tree(1, CAPACITY, WIDTH)
-  step = {'logprob': -1.0, 'score': 0.0, 'terminal': False}
+  step = {'logprob': -1.0, 'score': 0.0, 'terminal': False, 'gumbel': 0.0}
   rows = [[step | {'identity': i, 'cut': i != 1} for i in range(WIDTH)]]
   tree, _ = expand(tree, jnp.array([ROOT]), stack(rows))
   assert select(tree, uct).tolist() == [2]

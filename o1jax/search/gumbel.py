@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from o1jax.search.select import ChildStats, Rule
 
 VALUE_SCALE, VISIT_OFFSET = 0.1, 50.0  # of the paper
-_OUT_OF_PLAY = -1e9
 
 
 def considered_visits(considered: int, simulations: int) -> tuple[int, ...]:
@@ -46,7 +45,8 @@ def considered_visits(considered: int, simulations: int) -> tuple[int, ...]:
 def gumbel_root(simulations: int) -> Rule:
   """Sequential halving over all children of the root, for `select(root_rule=...)`.
 
-  Children that are closed early leave their share to the best of the others.
+  Children that are closed early leave their share to the best of the others. Scores are places, 0
+  for the best.
   """
 
   def rule(children: ChildStats, c: jax.Array) -> jax.Array:
@@ -57,8 +57,10 @@ def gumbel_root(simulations: int) -> Rule:
     now = table[children.exists.sum(-1), jnp.minimum(spent, simulations - 1)]
     logits = jnp.where(children.exists, jnp.log(children.prior), -jnp.inf)
     logits -= logits.max(-1, keepdims=True)
-    scores = jnp.maximum(_OUT_OF_PLAY, children.gumbel + logits + completed(children))
-    return scores + jnp.where(children.picks == now[:, None], 0.0, 2 * _OUT_OF_PLAY)
+    scores = children.gumbel + logits + completed(children)
+    # Places, not scores less a large number: in float32 that would make all of them equal.
+    place = (scores[:, None, :] > scores[:, :, None]).sum(-1)
+    return -(place + jnp.where(children.picks == now[:, None], 0, width)).astype(jnp.float32)
 
   return rule
 
