@@ -95,6 +95,14 @@ def pooled_gains(runs: dict[int, dict]) -> list[dict]:
   return found
 
 
+def judged(row: dict) -> list[tuple[str, dict]]:
+  """Whose trees a round's PRM judged, and how."""
+  found = [('the searching policy', row), ('the fine-tuned policy', row['tuned'])]
+  if 'renewed' in row:
+    found += [('the policy behind RL', row['improved']), ('the same, PRM renewed', row['renewed'])]
+  return found
+
+
 def other_tables(runs: dict[int, dict], stages: dict[int, dict[str, dict]]) -> None:
   """Test-case generator, process reward model, test time, synthesis, seconds."""
   table(
@@ -114,7 +122,7 @@ def other_tables(runs: dict[int, dict], stages: dict[int, dict[str, dict]]) -> N
       (seed, r['round'], whose, *(part[key] for key in keys))
       for seed, run in runs.items()
       for r in run['prm']
-      for whose, part in (('the searching policy', r), ('the fine-tuned policy', r['tuned']))
+      for whose, part in judged(r)
     ],
   )
   keys = ('greedy', 'majority', 'logprob', 'search_prm', 'lead_over_best')

@@ -4,7 +4,7 @@
 
 RUN are folders of finished runs (`python -m o1jax.train --config configs/quickstart.yaml`), one a
 seed; they are only read. The base and the SFT policy of round 0 are searched with round 0's PRM,
-the last policy with the last PRM, and with one made after it, as a further round would make it. A
+the last policy with the PRM that it learnt from, and with the one made after it (`prm.renew`). A
 rule finds whole paths within a budget of generated tokens and answers with the one that the PRM
 likes best: no program is executed before it is judged. The baselines get as many samples as fit
 into what the costliest rule has drawn, rounded up. Majority is by behaviour (Li et al. 2022,
@@ -41,13 +41,11 @@ from search_paths import Case, Descents, Found, Policy, Tokens, Trees
 
 from o1jax import config as config_lib
 from o1jax import search
-from o1jax.data import stepwise
 from o1jax.run import checkpoints, files
 from o1jax.sampling.draw import GREEDY
 from o1jax.sandbox.zygote import Zygote, strongest
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import interval
-from o1jax.stages.prm import train_prm
 from o1jax.stages.setup import opened
 
 BUDGETS = (100, 200, 400)  # generated tokens a problem; a greedy path takes some 35
@@ -75,7 +73,7 @@ SYNTHESIS: dict[str, Way] = {
 
 
 def policies(run: Run, folder: pathlib.Path) -> dict[str, Callable[[], Policy]]:
-  """Base, SFT and last policy of a finished run, the last with a PRM made after it too."""
+  """Base, SFT and last policy of a finished run, the last with either PRM of its round."""
   load = lambda name: checkpoints.load_tree(folder / 'stages' / name)  # noqa: E731
   last = f'round{run.config.run.rounds - 1}'
   final = lambda prm: Policy(load(f'{last}/rl/policy'), prm)  # noqa: E731
@@ -83,15 +81,8 @@ def policies(run: Run, folder: pathlib.Path) -> dict[str, Callable[[], Policy]]:
     'base': lambda: Policy(run.base, load('round0/prm/prm')),
     'round0/sft': lambda: Policy(load('round0/policy_sft/policy'), load('round0/prm/prm')),
     f'{last}/rl': lambda: final(load(f'{last}/prm/prm')),
-    f'{last}/rl, new PRM': lambda: final(new_prm(run, folder, load(f'{last}/rl/policy'))),
+    f'{last}/rl, renewed PRM': lambda: final(load(f'{last}/renewed/prm/prm')),
   }
-
-
-def new_prm(run: Run, folder: pathlib.Path, policy: Any) -> Any:
-  """The PRM as one more round would make it: from the last policy, on all of the run's paths."""
-  paths = sorted((folder / 'stages').glob('round*/**/trajectories/*.jsonl'))
-  rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-  return train_prm(run, run.config.run.rounds, policy, [stepwise.from_row(r) for r in rows])
 
 
 def chosen(case: Case, found: Found, values: Sequence[Sequence[float]]) -> list[Tokens]:
@@ -200,7 +191,7 @@ def reopened(folder: pathlib.Path) -> Iterator[Run]:
   """The problems, base model and sandbox of a run, with another folder to write to."""
   with tempfile.TemporaryDirectory() as scratch:
     overrides = [f'run.dir={scratch}/run', 'metrics.tensorboard=false']
-    with opened(config_lib.load(folder / 'config.yaml', overrides), ('prm',)) as run:
+    with opened(config_lib.load(folder / 'config.yaml', overrides), ()) as run:
       yield run
 
 

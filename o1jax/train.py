@@ -20,44 +20,52 @@ def loop(run) -> dict[str, Any]:
   from o1jax.stages.control import expert_iteration
   from o1jax.stages.policy_sft import finetune_policy
   from o1jax.stages.prm import train_prm
-  from o1jax.stages.report import Candidate, policy_rows, prm_row, search_row, tcg_rows
+  from o1jax.stages.report import (
+    Candidate,
+    Judged,
+    policy_rows,
+    prm_row,
+    search_row,
+    tcg_rows,
+  )
   from o1jax.stages.rl import improve_policy
   from o1jax.stages.synthesis import sample_tuned, synthesize
   from o1jax.stages.tcg import train_tcg, write_tests
 
   policy, prm, found = run.base, None, []
-  policies, prms = [Candidate('base', policy)], []
+  policies, judged = [Candidate('base', policy)], []
   tcg = train_tcg(run)  # step 1: a model that writes test cases
   tests = write_tests(run, tcg)  # and what it writes, confirmed by the references
   for round_ in range(run.config.run.rounds):
-    searcher = policy
+    searcher, renewed = policy, None
     found += synthesize(run, round_, searcher, prm, found)  # steps 2 and 6: search, execute
-    policy = finetune_policy(run, round_, searcher, found)  # step 3: learn verified paths
-    policies.append(Candidate(f'round{round_}/sft', policy))
-    found += sample_tuned(run, round_, policy)
-    prm = train_prm(run, round_, policy, found)  # step 4: learn to judge a step
-    prms.append((searcher, policy, prm))
-    before, known = policy, list(found)
-    policy, rollouts = improve_policy(run, round_, policy, prm, tests, known)  # step 5
+    tuned = finetune_policy(run, round_, searcher, found)  # step 3: learn verified paths
+    policies.append(Candidate(f'round{round_}/sft', tuned))
+    found += sample_tuned(run, round_, tuned)
+    first = prm = train_prm(run, round_, tuned, found)  # step 4: learn to judge a step
+    known = list(found)
+    policy, rollouts = improve_policy(run, round_, tuned, prm, tests, known)  # step 5
     policies.append(Candidate(f'round{round_}/rl', policy))
     found += rollouts
     if round_ == 0 and run.config.rl.control:
       spent = run.bench.store.done('round0/rl')['sampled_tokens']
       seed = run.config.run.seed
-      control = expert_iteration(run, before, known, spent, seed=seed)
+      control = expert_iteration(run, tuned, known, spent, seed=seed)
       policies.append(Candidate('control/expert_iteration', control))
+    if run.config.prm.renew:  # the policy has outgrown the PRM that it learnt from
+      renewed = prm = train_prm(run, round_, policy, found, renewed=True)
+    judged.append(Judged(first, renewed, searcher, tuned, policy))
   rows = {
     'policy': policy_rows(run, policies),
     'tcg': tcg_rows(run),
-    'prm': [prm_row(run, i, *models) for i, models in enumerate(prms)],
+    'prm': [prm_row(run, i, models) for i, models in enumerate(judged)],
     'search': [],
   }
   if run.config.eval.test_time:
-    first, last = prms[0][-1], prms[-1][-1]
     asked = [
-      (policies[0], first),
-      (policies[1], first),
-      (Candidate(f'round{round_}/rl', policy), last),
+      (policies[0], judged[0].prm),
+      (policies[1], judged[0].prm),
+      (Candidate(f'round{round_}/rl', policy), prm),
     ]
     rows['search'] = [search_row(run, candidate, scorer) for candidate, scorer in asked]
   return rows

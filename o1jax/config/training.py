@@ -131,6 +131,9 @@ class PrmConfig(Section):
   # Roll-outs of the fine-tuned policy for each problem of the round, to learn from beside those of
   # search: they hold the mistakes it still makes, and solve more than the policy that searched.
   samples: Natural = 0
+  # Also train it anew behind each RL, from the policy that came of it and on its roll-outs too: the
+  # next round's search and the report then judge by this one. Else by one that is older than RL.
+  renew: bool = False
   mode: Literal['pointwise', 'pairwise', 'both'] = 'both'
   # What a roll-out is worth to its steps: 1 if its program passes every test, else 0 (accepted), or
   # search's terminal reward, in which a wrong program that passes most tests is worth most.

@@ -16,12 +16,13 @@ from o1jax.stages import prm, report
 def trained(config: Config) -> dict[str, int]:
   """Updates of each train step over the whole run."""
   rounds = config.run.rounds
+  prms = rounds * (1 + config.prm.renew)
   found = {
     'tcg/sft': config.tcg.sft.steps,
     'tcg/dpo': config.tcg.dpo.steps,
     'tcg/control': config.tcg.dpo.steps if config.tcg.control else 0,
     'policy_sft': config.policy_sft.optim.steps * (rounds + config.rl.control),
-    'prm': config.prm.optim.steps * rounds,
+    'prm': config.prm.optim.steps * prms,
     'rl': config.rl.iterations
     * config.rl.epochs
     * (config.rl.rows // config.rl.minibatch)
@@ -40,6 +41,8 @@ def sampled(config: Config) -> dict[str, int]:
   later = guided * _descent(config, config.search.guided_children) if guided else uct
   rollouts = config.rl.iterations * config.rl.rows
   trainings = 2 * rounds + config.rl.control
+  prms = rounds * (1 + config.prm.renew)
+  judged = min(report.PRM_PROBLEMS, config.data.test_problems)
   found = {
     'search': new * (uct + (rounds - 1) * later),
     'search control': new * (rounds - 1) * later if guided and config.eval.sampling_control else 0,
@@ -47,9 +50,9 @@ def sampled(config: Config) -> dict[str, int]:
     'rl': rollouts * rounds,
     'rl control': rollouts if config.rl.control else 0,
     'dev': trainings * evaluated * config.data.dev_problems,
-    'prm dev': rounds * prm.SAMPLES * min(prm.DEV_PROBLEMS, config.data.dev_problems),
+    'prm dev': prms * prm.SAMPLES * min(prm.DEV_PROBLEMS, config.data.dev_problems),
     'test': (1 + trainings) * evaluated * config.data.test_problems,
-    'prm test': 2 * rounds * prm.SAMPLES * min(report.PRM_PROBLEMS, config.data.test_problems),
+    'prm test': (rounds + prms) * judged * prm.SAMPLES,
   }
   if config.eval.test_time:
     each = _descent(config, config.eval.search_children)
@@ -85,6 +88,8 @@ def calls(config: Config, steps: list[Step]) -> dict[str, float]:
   found |= {'rl/logprobs': once * reads, 'rl/values': once}
   paths = sampled(config)
   scored = paths['rl'] + paths['prm dev'] + paths['prm test']
+  if config.prm.renew:  # two PRMs judge the steps of the policy behind RL
+    scored += paths['prm test'] / 3
   if 'prm/scores' in by_name:
     found['prm/scores'] = scored / by_name['prm/scores'].rows
   return {name: float(n) for name, n in found.items() if name in by_name}
@@ -110,18 +115,19 @@ def _scored(config: Config) -> float:
 def kept(config: Config, step: str) -> dict[str, int]:
   """Whole sets of parameters that the run holds beside a step's own arguments, in its last round.
 
-  `o1jax.train` keeps the policy and the PRM of every round for its report. By role; 'base' is that
+  `o1jax.train` keeps the policies and PRMs of every round for its report. By role; 'base' is that
   of the base model where no role shares it, 'moments' are those of RL while it samples.
   """
   before, control = config.run.rounds - 1, int(config.rl.control and config.run.rounds > 1)
+  renewed = before * config.prm.renew
   if step.startswith('tcg/'):
     return {'base': 1, 'tcg': int(step in ('tcg/dpo', 'tcg/control'))}
-  found = {'base': 1, 'tcg': 1, 'policy': 2 * before + control, 'prm': before}
+  found = {'base': 1, 'tcg': 1, 'policy': 2 * before + control, 'prm': before + renewed}
   if step == 'policy_sft':
     return found
   found['policy'] += 1
-  if step == 'prm':
-    return found
+  if step == 'prm':  # the last: behind RL, where it is made anew there
+    return found | {name: found[name] + config.prm.renew for name in ('policy', 'prm')}
   if step.startswith('rl'):  # the state's own parameters are arguments
     found['prm'] += 1
   # What samples or scores within RL has the whole state of it beside, but for its own arguments.

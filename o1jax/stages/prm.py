@@ -61,9 +61,11 @@ def loss_of(model: Model, config: PrmConfig) -> LossFn:
   )
 
 
-def train_prm(run: Run, round_: int, policy: Any, found: Sequence[Trajectory]) -> Any:
-  """The PRM `{'trunk', 'head'}` of this round."""
-  name = f'round{round_}/prm'
+def train_prm(
+  run: Run, round_: int, policy: Any, found: Sequence[Trajectory], *, renewed: bool = False
+) -> Any:
+  """The PRM `{'trunk', 'head'}` of a round, or the one behind its RL, begun from a policy."""
+  name = f'round{round_}/renewed/prm' if renewed else f'round{round_}/prm'
   config = run.config.prm
 
   def body() -> dict[str, Any]:

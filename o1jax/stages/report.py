@@ -29,6 +29,17 @@ class Candidate:
   params: Any
 
 
+@dataclasses.dataclass(frozen=True)
+class Judged:
+  """The PRMs of a round, and the policies whose steps they judge."""
+
+  prm: Any
+  renewed: Any | None  # trained anew behind RL, see `prm.renew`
+  searcher: Any
+  tuned: Any
+  improved: Any
+
+
 def policy_row(run: Run, candidate: Candidate) -> dict[str, Any]:
   """Greedy and sampled pass@1 of one policy on the test split."""
 
@@ -73,20 +84,27 @@ def tcg_rows(run: Run) -> list[dict[str, Any]]:
   return run.stage('test_tcg/report', 'test-case generator on the test split', body)['rows']
 
 
-def prm_row(run: Run, round_: int, searcher: Any, tuned: Any, prm: Any) -> dict[str, Any]:
+def prm_row(run: Run, round_: int, models: Judged) -> dict[str, Any]:
   """How the PRM of a round orders siblings of held-out roll-outs, beside the sampler's log-prob.
 
-  The roll-outs are those of the policy that the round searched with, and under `tuned` those of
-  the policy that was fine-tuned on what it found: the harder ones, made where RL begins.
+  The roll-outs are those of the policy that the round searched with; under `tuned` those of the
+  policy that was fine-tuned on what it found: the harder ones, made where RL begins; and under
+  `improved` those of the policy behind RL, which `renewed` judges by the PRM that was made then.
   """
 
   def body() -> dict[str, Any]:
     problems = run.test[:PRM_PROBLEMS]
-    rows = [
-      sibling_metrics(run, prm, problems, *held_out_trees(run, policy, problems, seed=SEED + 1))
-      for policy in (searcher, tuned)
-    ]
-    return {'round': round_} | rows[0] | {'tuned': rows[1]}
+
+    def judged(policy: Any, *prms: Any) -> list[dict[str, Any]]:
+      trees = held_out_trees(run, policy, problems, seed=SEED + 1)
+      return [sibling_metrics(run, prm, problems, *trees) for prm in prms]
+
+    row = {'round': round_} | judged(models.searcher, models.prm)[0]
+    row |= {'tuned': judged(models.tuned, models.prm)[0]}
+    if models.renewed is not None:
+      both = judged(models.improved, models.prm, models.renewed)
+      row |= dict(zip(('improved', 'renewed'), both, strict=True))
+    return row
 
   return run.stage(f'prm_round{round_}/report', 'sibling order on the test split', body)
 
