@@ -10,11 +10,13 @@ from test_mesh_parity import MESHES
 
 from o1jax.models import Model, ModelConfig, StepHead
 from o1jax.parallel import make_mesh, param_shardings, repeated, shard
+from o1jax.plan.hlo import Program
+from o1jax.sampling import decode, kv_pool
 from o1jax.sampling import paged as paged_module
 from o1jax.sampling import paths as paths_module
 from o1jax.sampling import sampler as sampler_module
 from o1jax.sampling import scorer as scorer_module
-from o1jax.sampling.cache import prefill
+from o1jax.sampling.cache import gather_rows, prefill
 from o1jax.sampling.guided import Guided, StepIds
 from o1jax.sampling.mcts import Search
 from o1jax.sampling.sampler import Sampler
@@ -100,3 +102,56 @@ def test_the_same_tokens_over_every_mesh_and_no_cache_is_whole(alone, monkeypatc
   assert tokens == alone[0]
   for found, want in zip(floats, alone[1], strict=True):
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)
+
+
+ROWS, COLUMNS = 64, 256  # of a cache that is much larger than all else
+
+
+def programs(prm):
+  """What takes rows of a cache by their numbers, compiled over the ambient mesh."""
+  trunk, at = prm['trunk'], np.arange(ROWS, dtype=np.int32)
+  tokens, mask = np.ones((ROWS, 8), np.int32), np.ones((ROWS, 8), bool)
+  state = prefill(MODEL, trunk, tokens, tokens[:, 0], columns=COLUMNS)
+  score = scorer_module.score_candidates.lower(MODEL, prm, state, at, tokens, mask).compile()
+  spread = gather_rows.lower(state, at).compile()
+  keys = jax.random.split(jax.random.key(0), ROWS)
+  rows = decode.begin(spread(state, at), keys, mask[:, 0], max_new=8)
+  pool, table = kv_pool.empty_pool(MODEL, ROWS, ROWS), np.tile(at, (ROWS, 1))
+  refill, store = kv_pool.refill, kv_pool.store
+  _, read = score(prm, state, at, tokens, mask)
+  return {
+    'score': score,
+    'adopt': scorer_module.adopt.lower(state, read, at).compile(),
+    'spread': spread,
+    'compact': sampler_module._gather.lower(rows, at[::2], mask[::2, 0]).compile(),
+    'refill': refill.lower(MODEL, pool, state, at, table, at, new=8).compile(),
+    'store': store.lower(pool, state, (at, at, at), state.hidden, (at, at)).compile(),
+  }
+
+
+@pytest.mark.parametrize('label', ['4x2', '2x2x2'])
+def test_no_row_of_a_cache_goes_to_another_device(label):
+  mesh, prm = make_mesh(MESHES[label]), weights()
+  with jax.set_mesh(mesh):
+    compiled = programs(shard(prm, param_shardings(mesh, MODEL, prm)))
+  own = ROWS * COLUMNS * 2 * 4 * 4 // 8  # bytes of a device's part of the keys
+  for name, program in compiled.items():
+    sent = Program(program.as_text()).collectives
+    assert [c for c in sent if c.payload >= own] == [], name
+
+
+def test_rows_that_shrink_on_their_devices_draw_the_same(monkeypatch):
+  real, sizes = sampler_module.compact, []
+  monkeypatch.setattr(sampler_module, 'SMALLEST', 8)
+  monkeypatch.setattr(sampler_module, 'SHRINK', 2)
+  monkeypatch.setattr(sampler_module, 'compact', lambda *a: sizes.append(a[2]) or real(*a))
+  sampler = dataclasses.replace(SAMPLER, rows=32)
+  mesh, trunk = make_mesh(MESHES['4x2']), weights()['trunk']
+  for prompts in (PROMPTS, PROMPTS[:2]):  # of the two, each is read in four parts
+    alone = sampler(trunk, prompts, seed=3, samples=16)
+    sizes.clear()
+    with jax.set_mesh(mesh):
+      placed = shard(trunk, param_shardings(mesh, MODEL, trunk))
+      found = sampler(placed, prompts, seed=3, samples=16)
+    assert found.tokens.tolist() == alone.tokens.tolist()
+    assert sizes and max(sizes) < 32

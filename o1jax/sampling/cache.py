@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from o1jax.models.transformer import Cache, Model, Params
 from o1jax.parallel.sharding import constrain
+from o1jax.sampling.rows import take_rows
 
 
 @jax.tree_util.register_dataclass
@@ -122,9 +123,11 @@ def grow(model: Model, state: DecodeState, *, columns: int) -> DecodeState:
 
 @jax.jit
 def gather_rows(state: DecodeState, index: jax.Array) -> DecodeState:
-  """The rows `index` [R'] of the state, in that order; rows may repeat."""
-  rows = (state.cache, state.valid, state.position, state.hidden)
-  rows = jax.tree.map(lambda array: jnp.take(array, index, axis=0, mode='clip'), rows)
+  """The rows `index` [R'] of the state, in that order; rows may repeat.
+
+  Over a mesh each must stand in the part of the batch that it comes from, see `take_rows`.
+  """
+  rows = take_rows((state.cache, state.valid, state.position, state.hidden), index)
   # + 0: a buffer of its own, which `extend` may be given without deleting that of `state`.
   return laid_out(DecodeState(*rows, column=state.column + 0))
 

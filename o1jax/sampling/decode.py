@@ -16,6 +16,7 @@ from o1jax.models.transformer import Model, Params
 from o1jax.parallel.sharding import constrain
 from o1jax.sampling.cache import DecodeState, laid_out, read_tokens
 from o1jax.sampling.draw import SAMPLE, Drawing, draw
+from o1jax.sampling.rows import evenly_full
 
 
 @jax.tree_util.register_dataclass
@@ -72,6 +73,7 @@ def run(
   stop_ids: tuple[int, ...],
   how: Drawing,
   leave: jax.Array | int = 0,
+  evenly: jax.Array | bool = False,
   mark_ids: tuple[int, ...] = (),
 ) -> Continuation:
   """Generates until at most `leave` rows are live or N tokens are drawn.
@@ -86,12 +88,14 @@ def run(
     stop_ids: tokens that end a row.
     how: temperature and truncation.
     leave: live rows at which to come back (to compact the batch, say).
+    evenly: they are counted as `evenly_full` does.
     mark_ids: tokens after the first of which a row's state is kept in `mark`.
   """
   max_new, params = rows.tokens.shape[1], model.apart(params)
 
   def unfinished(rows):
-    return (rows.steps < max_new) & (rows.live.sum() > leave)
+    live = jnp.where(evenly, evenly_full(rows.live), rows.live.sum())
+    return (rows.steps < max_new) & (live > leave)
 
   return jax.lax.while_loop(
     unfinished, functools.partial(_next_token, model, params, stop_ids, how, mark_ids), rows

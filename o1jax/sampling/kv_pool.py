@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from o1jax.models.transformer import Model
 from o1jax.parallel.sharding import constrain
 from o1jax.sampling.cache import DecodeState, laid_out
-
-NONE = -1  # in a table of slots: no token
+from o1jax.sampling.rows import NONE, take_rows
 
 
 @jax.tree_util.register_dataclass
@@ -107,33 +106,34 @@ def refill(
     model: the decoder.
     pool: where the keys and values are.
     old: a state of W + n columns; the tokens of a row that goes on lie in the last W of them.
-    take: [R] int32, the row of `old` that goes on here, or NONE for one that begins.
+    take: [R] int32, the row of `old` that goes on here, of the same part of the batch (see
+      `take_rows`), or NONE for one that begins.
     table: [R, W] and
     states: [R] int32 of the rows that begin, as in `gather`.
     new: n.
   """
   width = table.shape[1]
   fresh = gather(model, pool, table, states, new=new)
-  source = jnp.maximum(take, 0)
+  on = (old.cache, old.valid, old.position, old.hidden)
+  cache, valid, position, hidden = take_rows(on, jnp.maximum(take, 0))
 
-  def last(array, axis):  # the last W columns that are written, of the rows that go on
-    start = old.column - width
-    return jax.lax.dynamic_slice_in_dim(array[source], start, width, axis)
+  def last(array, axis):  # the last W columns that are written
+    return jax.lax.dynamic_slice_in_dim(array, old.column - width, width, axis)
 
   def choose(kept, begun):
     return jnp.where((take != NONE).reshape(-1, *(1,) * (begun.ndim - 1)), kept, begun)
 
   cache = tuple(
     (choose(_put(last(k, 3), keys), keys), choose(_put(last(v, 2), values), values))
-    for (k, v), (keys, values) in zip(old.cache, fresh.cache, strict=True)
+    for (k, v), (keys, values) in zip(cache, fresh.cache, strict=True)
   )
-  valid = jnp.pad(last(old.valid, 1), ((0, 0), (0, new)))
+  valid = jnp.pad(last(valid, 1), ((0, 0), (0, new)))
   return laid_out(
     DecodeState(
       cache=cache,
       valid=choose(valid, fresh.valid),
-      position=choose(old.position[source], fresh.position),
-      hidden=choose(old.hidden[source], fresh.hidden),
+      position=choose(position, fresh.position),
+      hidden=choose(hidden, fresh.hidden),
       column=fresh.column,
     )
   )

@@ -21,8 +21,9 @@ from o1jax.parallel.sharding import ambient_ways, constrain
 from o1jax.sampling.cache import DecodeState, laid_out
 from o1jax.sampling.decode import Continuation, run
 from o1jax.sampling.keys import row_keys
-from o1jax.sampling.kv_pool import NONE, gather, refill
+from o1jax.sampling.kv_pool import gather, refill
 from o1jax.sampling.paths import Path, Paths
+from o1jax.sampling.rows import NONE, evenly_full, parts_of, side_by_side
 from o1jax.sampling.sampler import (
   COLUMN_MULTIPLE,
   SHRINK,
@@ -103,7 +104,9 @@ class _Queue:
   def _arrange(self, state: DecodeState | None, where: np.ndarray):
     """A batch of the rows that go on and of new ones."""
     on = np.flatnonzero(where != NONE)
+    stay = parts_of(on, len(where))
     wanted = min(len(on) + len(self.todo) - self.next, self.sampler.rows)
+    wanted = max(wanted, len(stay) * max(map(len, stay)))
     rows = min(self.sampler.rows, max(FEWEST_ROWS, 1 << (wanted - 1).bit_length() if wanted else 0))
     rows = round_up(rows, ambient_ways())
     new = np.arange(self.next, min(self.next + rows - len(on), len(self.todo)))
@@ -111,14 +114,18 @@ class _Queue:
     self._read_ahead(new)
     if not len(on) and not len(new):
       return state, np.zeros(0, int)
-    # Who goes on keeps its order and comes first.
-    take = np.pad(on, (0, rows - len(on)), constant_values=NONE).astype(np.int32)
-    begun: list[Path] = [()] * len(on) + [self.todo[i] for i in new]
+    # Who goes on keeps its order and comes first in its part; the parts are filled evenly.
+    take = side_by_side([on[part] for part in stay], rows).astype(np.int32)
+    free = np.flatnonzero(take == NONE)
+    free = free[np.argsort(free % (rows // len(stay)), kind='stable')]
+    where = np.append(where, NONE)[take]  # NONE is the last
+    begun: list[Path] = [()] * rows
+    for row, i in zip(free, new, strict=False):
+      where[row], begun[row] = i, self.todo[i]
     table, states = self.paths.table(begun, rows, self.width)
     place = functools.partial(_place, self.sampler.model, self.paths.pool)
     state = place(table, states) if state is None else place(table, states, state, take)
-    where = np.concatenate([where[on], new]).astype(int)
-    return state, np.pad(where, (0, rows - len(where)), constant_values=NONE)
+    return state, where
 
   def _read_ahead(self, new: np.ndarray) -> None:
     """Reads the paths of the next rows, and holds them until they are continued."""
@@ -138,13 +145,15 @@ class _Queue:
     # Where nothing waits, a much smaller batch is worth a new shape.
     smaller = size // SHRINK if size // SHRINK >= FEWEST_ROWS else 0
     leave = size - size // DEAD_SHARE if waiting else smaller
+    count = live.sum() if waiting else evenly_full(live)
     rows = run(
       self.sampler.model,
       self.paths.params,
       rows,
       stop_ids=self.sampler.stop_ids,
       how=self.sampler.how,
-      leave=min(leave, int(live.sum()) - 1),
+      leave=min(leave, int(count) - 1),
+      evenly=not waiting,
       mark_ids=self.marks,
     )
     self.computed += size * int(rows.steps)

@@ -20,7 +20,8 @@ from o1jax.models.transformer import Model, Params
 from o1jax.parallel.distributed import fetch
 from o1jax.parallel.sharding import ambient_ways
 from o1jax.sampling.cache import DecodeState, extend
-from o1jax.sampling.kv_pool import NONE, empty_pool, gather, state_bytes, store, token_bytes
+from o1jax.sampling.kv_pool import empty_pool, gather, state_bytes, store, token_bytes
+from o1jax.sampling.rows import NONE
 from o1jax.sampling.sampler import FEWEST, PROMPT_MULTIPLE, length_batches, round_up
 
 Path = tuple[Any, ...]  # (index of the prompt, *steps), a step being a tuple of token ids

@@ -3,7 +3,8 @@
 Prompts are sorted by length and padded to fixed shapes. A batch whose rows
 have mostly stopped is compacted: the live rows move to a smaller batch, so
 that stragglers do not pay for the rest. Which batch a row stands in does not
-change what it draws, up to the rounding of sums.
+change what it draws, up to the rounding of sums. Over a mesh a row stays on the
+devices that have read its prompt (`rows`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from o1jax.models.transformer import Model, Params
@@ -22,6 +22,7 @@ from o1jax.sampling.cache import DecodeState, gather_rows, prefill
 from o1jax.sampling.decode import Continuation, begin, run
 from o1jax.sampling.draw import SAMPLE, Drawing
 from o1jax.sampling.keys import row_keys
+from o1jax.sampling.rows import NONE, evenly_full, parts_of, side_by_side, take_rows
 
 PROMPT_MULTIPLE = 32  # prompt columns are padded to this: a compiled prefill each
 FEWEST = 8  # prompts are padded to this number or a higher power of two
@@ -72,6 +73,8 @@ class Sampler:
   ) -> Samples:
     """Continues every prompt `samples` times; a prompt is read once for all of them.
 
+    Where prompts are so few that parts of the mesh would be idle, each is read in several parts.
+
     Args:
       params: the model's parameters.
       prompts: token ids, none empty.
@@ -86,18 +89,24 @@ class Sampler:
     ids = np.arange(len(prompts)) if ids is None else np.asarray(ids)
     check_prompts(prompts, ids)
     ids = ids.reshape(len(prompts), -1)
-    each = max(k for k in range(1, samples + 1) if samples % k == 0 and k <= self.rows)
+    ways = ambient_ways()
+    own = round_up(self.rows, ways) // ways
+    each = _divisor(samples, own)  # begin together where a prompt has been read
+    copies = _divisor(samples // each, max(1, ways // max(1, len(prompts))))
+    share = samples // copies
+    todo = np.repeat(np.arange(len(prompts)), copies)
+    largest = own // each * ways
     parts = []  # (index of the result, samples)
     computed = 0
-    for batch in length_batches(prompts, self.rows // each):
-      tokens, lengths = pad_prompts([prompts[i] for i in batch], self.rows // each)
+    for batch in length_batches([prompts[i] for i in todo], largest):
+      tokens, lengths = pad_prompts([prompts[i] for i in todo[batch]], largest)
       columns = round_up(tokens.shape[1] + self.max_new, COLUMN_MULTIPLE)
       state = prefill(self.model, params, tokens, lengths, columns=columns)
       computed += tokens.size
       slots = np.repeat(np.arange(len(batch)), each)
-      source = np.asarray(batch)[slots]
-      for first in range(0, samples, each):
-        number = np.tile(np.arange(first, first + each), len(batch))
+      source, copy = todo[batch][slots], np.asarray(batch)[slots] % copies
+      for first in range(0, share, each):
+        number = copy * share + first + np.tile(np.arange(each), len(batch))
         names = np.column_stack([ids[source], number])
         parts.append((source * samples + number, self.resume(params, state, slots, seed, names)))
     return _join(parts, len(prompts) * samples, self.max_new, computed)
@@ -110,7 +119,8 @@ class Sampler:
     Args:
       params: the model's parameters.
       state: with `max_new` columns left.
-      slots: [n] rows of the state, n <= `rows`; a row may stand there several times.
+      slots: [n] rows of the state, n <= `rows`; a row may stand there several times. Over a mesh
+        no part of the state has more than its share of `rows` there.
       seed: with `ids` it decides every draw.
       ids: [n, P] non-negative ints that name each continuation's draws.
 
@@ -125,42 +135,52 @@ class Sampler:
         f'{longest} tokens and max_new={self.max_new} exceed max_position={limit} of the model; '
         f'use max_new of at most {limit - longest}'
       )
-    count = len(slots)
-    out = empty_samples(count, self.max_new)
-    padding = self._size(count) - count
-    keys = row_keys(seed, np.pad(ids, ((0, padding), (0, 0))))
-    live = np.arange(count + padding) < count
-    rows = gather_rows(state, np.pad(slots, (0, padding)))
+    out = empty_samples(len(slots), self.max_new)
+    parts = parts_of(slots, state.rows)
+    where = side_by_side(parts, self._size(len(parts) * max(map(len, parts))))
+    live, row = where != NONE, np.maximum(where, 0)
+    keys = row_keys(seed, np.where(live[:, None], ids[row], 0))
+    rows = gather_rows(state, np.where(live, slots[row], 0))
     rows = begin(rows, keys, live, max_new=self.max_new)
-    computed = self._drain(params, rows, np.where(live, np.arange(len(live)), -1), out)
+    computed = self._drain(params, rows, where, out)
     return dataclasses.replace(out, generated=int(out.lengths.sum()), computed=computed)
 
   def _size(self, live: int) -> int:
     """The least of `rows`, `rows / SHRINK`, ... that holds so many and divides over the mesh."""
-    ways = ambient_ways()
-    size = round_up(self.rows, ways)
-    while size // SHRINK >= max(live, SMALLEST) and size // SHRINK % ways == 0:
-      size //= SHRINK
+    size = round_up(self.rows, ambient_ways())
+    while _smaller(size) >= max(live, 1):
+      size = _smaller(size)
     return size
 
   def _drain(self, params, rows: Continuation, where: np.ndarray, out: Samples) -> int:
-    """Runs rows to their end, compacting; row r goes to `out` row where[r] (-1: nowhere)."""
+    """Runs rows to their end, compacting; row r goes to `out` row where[r], unless it is NONE."""
     computed = done = 0
     while True:
       size = len(where)
-      leave = size // SHRINK if size // SHRINK >= SMALLEST else 0
-      rows = run(self.model, params, rows, stop_ids=self.stop_ids, how=self.how, leave=leave)
+      until = {'leave': _smaller(size), 'evenly': True}
+      rows = run(self.model, params, rows, stop_ids=self.stop_ids, how=self.how, **until)
       got = fetch({name: getattr(rows, name) for name in ('live', *_DRAWN)})
       live, steps = got['live'], int(rows.steps)
       computed += size * (steps - done)
       done = steps
-      real = where >= 0
+      real = where != NONE
       for field in _DRAWN:
         getattr(out, field)[where[real]] = got[field][real]
       out.stopped[where[real]] = ~live[real]
       if steps == self.max_new or not live.any():
         return computed
-      rows, where = compact(rows, where, self._size(int(live.sum())))
+      rows, where = compact(rows, where, self._size(int(evenly_full(live))))
+
+
+def _divisor(count: int, most: int) -> int:
+  """The largest divisor of `count` that is not above `most`."""
+  return max(k for k in range(1, most + 1) if count % k == 0)
+
+
+def _smaller(size: int) -> int:
+  """The next smaller size of a batch; 0 if it gains nothing or does not divide over the mesh."""
+  smaller = size // SHRINK
+  return smaller if smaller >= SMALLEST and smaller % ambient_ways() == 0 else 0
 
 
 def empty_samples(count: int, max_new: int) -> Samples:
@@ -190,18 +210,18 @@ def _join(parts: list[tuple[np.ndarray, Samples]], count: int, max_new: int, com
 
 def compact(rows: Continuation, where: np.ndarray, size: int) -> tuple[Continuation, np.ndarray]:
   """The live rows in a batch of `size` rows, and where they go; the rest is dead padding."""
-  index = np.flatnonzero(fetch(rows.live))
-  padded = np.pad(index, (0, size - len(index)))
-  alive = np.arange(size) < len(index)
-  rows = _gather(rows, padded, alive)
-  return rows, np.where(alive, where[padded], -1)
+  live = fetch(rows.live)
+  index = np.flatnonzero(live)
+  place = side_by_side(parts_of(index, len(live)), size)
+  alive = place != NONE
+  index = np.where(alive, index[np.maximum(place, 0)], 0)
+  return _gather(rows, index, alive), np.where(alive, where[index], NONE)
 
 
 @jax.jit
 def _gather(rows: Continuation, index: jax.Array, alive: jax.Array) -> Continuation:
   taken = (rows.uniforms, rows.tokens, rows.logprobs, rows.lengths, rows.marked, rows.mark)
-  taken = jax.tree.map(lambda array: jnp.take(array, index, axis=0, mode='clip'), taken)
-  (*fields, marked, mark), alive = constrain((taken, alive), ('batch',))
+  (*fields, marked, mark), alive = constrain((take_rows(taken, index), alive), ('batch',))
   state = gather_rows(rows.state, index)
   return Continuation(state, *fields, live=alive, steps=rows.steps, marked=marked, mark=mark)
 

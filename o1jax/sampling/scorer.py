@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -19,7 +20,7 @@ from o1jax.models.transformer import Cache, Model, Params
 from o1jax.parallel.distributed import fetch
 from o1jax.parallel.sharding import ambient_ways, on_own_rows
 from o1jax.sampling.cache import DecodeState, extend, gather_rows, grow, laid_out, prefill
-from o1jax.sampling.kv_pool import NONE
+from o1jax.sampling.rows import NONE, parts_of, side_by_side, take_rows
 from o1jax.sampling.sampler import COLUMN_MULTIPLE, length_batches, round_up
 
 SHORTEST = 8  # steps are read padded to this or a higher power of two: a compiled chunk each
@@ -79,16 +80,29 @@ class PrmScorer:
     state.state = with_room(self.model, state.state, _padded(steps))
     state.chunks, state.rows = [], {}
     scores = np.zeros(len(steps), np.float32)
-    rows = round_up(self.rows, ambient_ways())
-    for chunk in length_batches(steps, rows):
-      tokens, mask = pad_steps([steps[i] for i in chunk], rows)
-      where = np.pad(np.asarray(slots)[chunk], (0, rows - len(chunk)))
+    for chunk in self._chunks(parts_of(slots, state.state.rows), steps):
+      real = chunk != NONE
+      tokens, mask = pad_steps([steps[i] if i != NONE else () for i in chunk])
+      where = np.where(real, np.asarray(slots)[chunk], 0)
       got, read = score_candidates(self.model, self.params, state.state, where, tokens, mask)
-      scores[chunk] = fetch(got)[: len(chunk)]
-      names = [(int(slots[i]), tuple(steps[i])) for i in chunk]
-      state.rows |= {name: (len(state.chunks), row) for row, name in enumerate(names)}
+      scores[chunk[real]] = fetch(got)[real]
+      for row in np.flatnonzero(real):
+        slot, step = int(where[row]), tuple(steps[chunk[row]])
+        state.rows[slot, step] = len(state.chunks), int(row)
       state.chunks.append(read)
     return scores
+
+  def _chunks(
+    self, parts: list[np.ndarray], steps: Sequence[Sequence[int]]
+  ) -> Iterator[np.ndarray]:
+    """Candidates of similar length in the parts that have their slots, [rows]; NONE between."""
+    rows = round_up(self.rows, ambient_ways())
+    cut = []
+    for part in parts:
+      batches = length_batches([steps[i] for i in part], rows // len(parts))
+      cut.append([part[batch] for batch in batches])
+    for chunk in itertools.zip_longest(*cut, fillvalue=()):
+      yield side_by_side(chunk, rows)
 
   def advance(self, state: Judged, steps: Sequence[Sequence[int]]) -> Judged:
     """See `Scorer`; nothing is read again."""
@@ -127,23 +141,26 @@ def adopt(state: DecodeState, read: ReadSteps, rows: jax.Array) -> DecodeState:
   Args:
     state: is donated, and must have t columns left.
     read: n steps of t columns.
-    rows: [R] int32, which of them comes behind each row; NONE for none.
+    rows: [R] int32, which of them comes behind each row, of the same part of the batch (see
+      `take_rows`); NONE for none.
   """
-  taken, source = rows != NONE, jnp.maximum(rows, 0)
+  taken, width = rows != NONE, read.mask.shape[1]
+  counts = read.mask.sum(-1, dtype=jnp.int32)
+  new = (read.cache, read.mask, read.hidden, counts)
+  cache, mask, hidden, counts = take_rows(new, jnp.maximum(rows, 0))
 
   def put(old, new, axis):
-    there = jax.lax.dynamic_slice_in_dim(old, state.column, read.mask.shape[1], axis)
-    new = jnp.where(taken.reshape(-1, *(1,) * (old.ndim - 1)), new[source], there)
+    there = jax.lax.dynamic_slice_in_dim(old, state.column, width, axis)
+    new = jnp.where(taken.reshape(-1, *(1,) * (old.ndim - 1)), new, there)
     return jax.lax.dynamic_update_slice_in_dim(old, new, state.column, axis)
 
-  layers = zip(state.cache, read.cache, strict=True)
-  counts = read.mask.sum(-1, dtype=jnp.int32)[source]
+  layers = zip(state.cache, cache, strict=True)
   return laid_out(
     DecodeState(
       cache=tuple((put(k, new_k, 3), put(v, new_v, 2)) for (k, v), (new_k, new_v) in layers),
-      valid=put(state.valid, read.mask, 1),
+      valid=put(state.valid, mask, 1),
       position=state.position + jnp.where(taken, counts, 0),
-      hidden=jnp.where(taken[:, None], read.hidden[source], state.hidden),
+      hidden=jnp.where(taken[:, None], hidden, state.hidden),
       column=state.column,
     )
   )
@@ -182,10 +199,10 @@ def with_room(model: Model, state: DecodeState, new: int) -> DecodeState:
   return grow(model, state, columns=round_up(needed, COLUMN_MULTIPLE))
 
 
-def pad_steps(steps: Sequence[Sequence[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
-  """Steps as (tokens [rows, t] int32, mask [rows, t] bool), t a power of two."""
-  width = _padded(steps)
-  tokens, mask = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
+def pad_steps(steps: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+  """Steps as (tokens [n, t] int32, mask [n, t] bool), t a power of two."""
+  shape = len(steps), _padded(steps)
+  tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
   for row, step in enumerate(steps):
     tokens[row, : len(step)] = step
     mask[row, : len(step)] = True
