@@ -28,7 +28,7 @@ from o1jax.stages.evaluate import name_ids, sampler, step_ids
 from o1jax.stages.synthesis import guided
 from o1jax.types import Problem
 
-SEED = 177  # of all draws, the same for every policy
+SEED = 177  # of all draws of seed 0, the same for every policy
 POOL_TOKENS = 2000  # of one problem: more than any budget draws
 Tokens = tuple[int, ...]
 
@@ -69,6 +69,11 @@ class Case:
   printed: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict)  # by id and code
 
   @property
+  def seed(self) -> int:
+    """Of the draws, which are named by problem: runs of other seeds have others."""
+    return SEED + 1000 * self.run.config.run.seed
+
+  @property
   def prompts(self) -> list[Tokens]:
     """Token ids."""
     return [tuple(self.run.encoder.prompt(p)) for p in self.problems]
@@ -77,7 +82,7 @@ class Case:
     """Whole paths, drawn from the start; one that has no end is none."""
     draw = sampler(self.run, how, self.run.config.eval.rows)
     ids = name_ids(self.problems)
-    drawn = draw(self.policy.params, self.prompts, seed=SEED, ids=ids, samples=count)
+    drawn = draw(self.policy.params, self.prompts, seed=self.seed, ids=ids, samples=count)
     rows = range(len(drawn.lengths))
     paths = [tuple(drawn.ids(r)) for r in rows]
     logprobs = drawn.logprobs.sum(1).tolist()
@@ -161,7 +166,7 @@ class Descents:
     attempts = np.tile(np.arange(count, dtype=np.uint32), len(case.problems))
     ids = np.column_stack([np.repeat(name_ids(case.problems), count), attempts])
     prm = PrmScorer(case.run.model, case.policy.prm)
-    found = rule(case.policy.params, prm, prompts, seed=SEED + 1, ids=ids)
+    found = rule(case.policy.params, prm, prompts, seed=case.seed + 1, ids=ids)
     each = range(0, len(prompts), count)
     paths = [[d.tokens for d in found.descents[i : i + count]] for i in each]
     logprobs = [[d.logprob for d in found.descents[i : i + count]] for i in each]
@@ -196,8 +201,8 @@ class Trees:
     if judge is None:  # the scorer is the judge too, and must not be asked by two threads at once
       grow = dataclasses.replace(grow, overlap=False)
     judge = judge or (lambda jobs: scorer([case.split(*job) for job in jobs]))
-    ids = name_ids(case.problems)
-    forest = grow(case.policy.params, case.prompts, judge, score=scorer, seed=SEED + 2, ids=ids)
+    draws = {'seed': case.seed + 2, 'ids': name_ids(case.problems)}
+    forest = grow(case.policy.params, case.prompts, judge, score=scorer, **draws)
     paths: list[list[Tokens]] = [[] for _ in case.problems]
     for r in forest.rollouts:
       if not math.isnan(r.value):

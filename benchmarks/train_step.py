@@ -1,22 +1,24 @@
 """Speed of a training step for each loss, beside torch + transformers; last line one JSON object.
 
     python benchmarks/train_step.py [--shape base|wide] [--rows 32] [--tokens 128] [--repeats 9]
+      [--data 1]
 
 One model with random weights, one batch a loss, AdamW behind a gradient clip on both sides,
-float32, in one process. The first loss of both must agree, or nothing is measured. Then the two
-take turns, and the median of the repeats counts, in seconds of the clock, or with `--cpu` of CPU,
-which on one core (`taskset -c 0`) compare on a busy machine too. `tokens_per_s` are tokens that the
-trunk reads (both sides of a preference pair). `--no-reference` leaves torch (the `parity` extra)
-out.
+float32, in one process; our rows lie over `--data` devices, as in model.py. The first loss of both
+must agree, or nothing is measured. Then the two take turns, and the median of the repeats counts,
+in seconds of the clock, or with `--cpu` of CPU, which on one core (`taskset -c 0`) compare on a
+busy machine too. `tokens_per_s` are tokens that the trunk reads (both sides of a preference pair).
+`--no-reference` leaves torch (the `parity` extra) out.
 
-`peak_bytes` is what XLA plans for the step: its arguments, results that do not take the place of
-arguments, and temporaries. `minimum_bytes` is what no such step can do without: parameters, two
-moments and a gradient of 4 bytes each, the batch, and the input of every layer.
+`peak_bytes` is what XLA plans for the step on a device: its arguments, results that do not take the
+place of arguments, and temporaries. `minimum_bytes` is what no such step can do without on one:
+parameters, two moments and a gradient of 4 bytes each, the batch, and the input of every layer.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -37,6 +39,8 @@ from o1jax.learn import objectives, optim
 from o1jax.learn.state import init_state
 from o1jax.learn.update import make_update
 from o1jax.models import Model, ScalarHead, StepHead, hf
+from o1jax.parallel.mesh import make_mesh, start_cpu_devices
+from o1jax.parallel.sharding import param_shardings, shard, spread
 
 STEPS = 4  # reasoning steps of a row
 LR, BETA, PAUSE_S = 1e-4, 0.1, 0.3
@@ -139,9 +143,11 @@ def measure(
     LR, steps=10**6, schedule='constant', weight_decay=0.01, b1=0.9, b2=0.999
   )
   update = make_update(case.loss_fn, tx)
-  state = init_state(jax.tree.map(jax.numpy.copy, case.params), tx)
-  row = memory(update, state, case.batch, model)
-  batch = jax.device_put(case.batch)
+  params, mesh = jax.tree.map(jax.numpy.copy, case.params), jax.sharding.get_mesh()
+  if not mesh.empty:
+    params = shard(params, param_shardings(mesh, model, params))
+  state, batch = init_state(params, tx), jax.device_put(spread(case.batch))
+  row = memory(update, state, batch, model)
   state, metrics = update(state, batch)
   turn = None if reference is None else reference(name, case)
   if turn is not None:
@@ -171,15 +177,18 @@ def main() -> None:
   parser.add_argument('--rows', type=int, default=32)
   parser.add_argument('--tokens', type=int, default=128)
   parser.add_argument('--repeats', type=int, default=9)
+  parser.add_argument('--data', type=int, default=1, help='devices; -1: all, or one for each core')
   parser.add_argument('--cpu', action='store_true', help='seconds of CPU, not of the clock')
   parser.add_argument('--no-reference', action='store_true', help='leave torch out')
   args = parser.parse_args()
   clock = time.process_time if args.cpu else time.perf_counter
-  model = Model(SHAPES[args.shape])
+  start_cpu_devices({'data': args.data})
+  model, mesh = Model(SHAPES[args.shape]), make_mesh({'data': args.data})
   params = jax.jit(model.init)(jax.random.key(0))
   result = {'shape': args.shape, 'rows': args.rows, 'tokens': args.tokens}
-  result |= {'device': jax.devices()[0].device_kind, 'cores': os.cpu_count()}
-  with tempfile.TemporaryDirectory() as folder:
+  result |= {'device': jax.devices()[0].device_kind, 'devices': mesh.size, 'cores': os.cpu_count()}
+  ambient = jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
+  with ambient, tempfile.TemporaryDirectory() as folder:
     hf.save(folder, model, params)
     reference = functools.partial(train_step_torch.stepper, folder, lr=LR, beta=BETA)
     for name, case in make_cases(model, params, args.rows, args.tokens).items():

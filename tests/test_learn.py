@@ -52,6 +52,31 @@ def test_microbatches_keep_the_pairs_they_hold_whole():
   np.testing.assert_array_equal(cut.pairs[0, 0], [0, 2, 1])
 
 
+@pytest.mark.parametrize('name', ['sft', 'dpo', 'ppo_critic'])
+def test_a_step_cut_for_the_caches_is_the_same(name, monkeypatch):
+  loss_fn, make, build = CASES[name]
+  tx, found = optax.sgd(1.0), []
+  for most in (1 << 20, 2 * T):
+    monkeypatch.setattr(microbatch, '_CACHED_TOKENS', most)
+    update = make_update(loss_fn, tx, donate=False)
+    found.append(update(init_state(make(), tx), build()))
+  (whole, metrics), (state, others) = found
+  assert_close(state.params, whole.params, 1e-5)
+  assert_close(others, metrics, 1e-5)
+
+
+def test_how_a_step_is_cut():
+  batch, weights = token_batch(), copied(params())
+  parts = lambda weights, batch, n=1: microbatch.parts_in_cache(weights, batch, n)  # noqa: E731
+  rows = lambda n, columns: jax.tree.map(lambda x: jnp.zeros((n, columns), x.dtype), batch)  # noqa: E731
+  assert [parts(weights, rows(n, 96)) for n in (16, 32, 64)] == [1, 2, 4]
+  assert parts(weights, rows(64, 96), 2) == 4
+  assert parts(weights, rows(31, 96)) == 1  # a row at a time gains nothing
+  assert parts(weights, rows(4, 4096)) == 4
+  assert parts(jnp.zeros(1 << 25), rows(64, 96)) == 1
+  assert parts(weights, step_batch()) == 1
+
+
 def test_rows_that_do_not_divide_are_refused():
   update = make_update(CASES['sft'][0], optax.sgd(0.1), accumulate=3)
   with pytest.raises(ValueError, match=r'batch=8.*accumulate=3'):

@@ -209,6 +209,19 @@ def test_a_compiler_that_runs_out_of_memory_says_how_much_it_wanted():
     )
 
 
+def test_a_program_that_cannot_be_read_still_has_its_memory():
+  def unreadable():
+    raise jax.errors.JaxRuntimeError('INTERNAL: RET_CHECK failure proto.operand_ids_size()')
+
+  memory = types.SimpleNamespace(peak_memory_in_bytes=3 << 30)
+  compiled = types.SimpleNamespace(memory_analysis=lambda: memory, as_text=unreadable)
+  lowered = types.SimpleNamespace(compile=lambda: compiled)
+  step = Step('s', 'k', 8, 4, 8, lambda rows: lowered, lambda rows: Flops(rows, rows))
+  found = measure.estimate(step, chips.parse('v5e:2x2'), 'float32', beside=1 << 30)
+  assert found.fits and found.peak_bytes == 3 << 30 and found.roofline is None
+  assert not measure.estimate(step, chips.parse('v5e:2x2'), 'float32', beside=13 << 30).fits
+
+
 def xla_flops(function, *args) -> float:
   return jax.jit(function).lower(*args).cost_analysis()['flops']
 

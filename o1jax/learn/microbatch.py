@@ -1,4 +1,4 @@
-"""Cutting a batch into microbatches for gradient accumulation."""
+"""Cutting a batch into microbatches: for gradient accumulation, and on a CPU for its caches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,41 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from o1jax.batch import StepBatch
+from o1jax.batch import PairBatch, RolloutBatch, StepBatch, TokenBatch
+from o1jax.parallel.sharding import ambient_ways
+
+# Measured on 2 CPU cores, where a step of a small model waits for memory as long as for products:
+# of so many tokens at a time on a device, what layers keep stays in caches.
+_CACHED_TOKENS = 1536
+_SMALL_BYTES = 1 << 26  # of parameters: a larger model's products take longer than that
+
+
+def parts_in_cache(weights: Any, batch: Any, accumulate: int) -> int:
+  """Into how many microbatches a step cuts its batch: `accumulate`, or on a CPU a multiple of it.
+
+  Only a small model's, and only rows that each have a loss of their own: those of a `StepBatch` are
+  compared with one another.
+
+  Args:
+    weights: pytree of all parameters that the loss reads.
+    batch: its rows lie over the ambient mesh.
+    accumulate: microbatches asked for.
+  """
+  small = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights)) <= _SMALL_BYTES
+  if jax.default_backend() != 'cpu' or not small:
+    return accumulate
+  if isinstance(batch, PairBatch):
+    (rows, columns), sides = batch.chosen.tokens.shape, 2
+  elif isinstance(batch, TokenBatch | RolloutBatch):
+    (rows, columns), sides = batch.tokens.shape, 1
+  else:
+    return accumulate
+  own, odd = divmod(rows, accumulate * ambient_ways())  # rows of a microbatch on one device
+  if odd:
+    return accumulate
+  tokens = {n: own // n * columns * sides for n in range(1, own + 1) if own % n == 0}
+  cuts = [n for n in tokens if n == 1 or tokens[n] >= _CACHED_TOKENS // 4]
+  return accumulate * next((n for n in cuts if tokens[n] <= _CACHED_TOKENS), cuts[-1])
 
 
 def split(batch: Any, parts: int) -> Any:

@@ -44,7 +44,7 @@ def make_update(
   Args:
     loss_fn: as above; `consts` are passed whole to every microbatch.
     tx: optimiser, from `optim.make_optimizer` or optax.
-    accumulate: microbatches a step; the batch's rows must divide by it.
+    accumulate: microbatches a step, on a CPU at least; the batch's rows must divide by it.
     donate: reuse the memory of the state passed in, which is gone afterwards.
 
   Raises:
@@ -54,7 +54,8 @@ def make_update(
     raise ValueError(f'accumulate={accumulate} is not a number of microbatches; use 1 or more')
 
   def step(state: TrainState, batch: Any, *consts: Any) -> tuple[TrainState, Metrics]:
-    sums = _accumulated(loss_fn, state.params, batch, consts, accumulate)
+    parts = microbatch.parts_in_cache((state.params, consts), batch, accumulate)
+    sums = _accumulated(loss_fn, state.params, batch, consts, parts)
     return _apply(tx, state, *sums)
 
   return Update(step, donate)

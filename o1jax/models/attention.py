@@ -20,6 +20,8 @@ MASKED = -1e30
 # Up to this many entries cosines are constants of the program: computed in it, XLA
 # repeats them in every layer.
 _TABLE_SIZE = 1 << 18
+# Of narrower parts of the queries products take longer than what they leave out.
+_LEAST_QUERIES = 32
 
 
 class Masks(NamedTuple):
@@ -107,17 +109,83 @@ def _masks(config: ModelConfig, full, queries: jax.Array, keys: jax.Array) -> Ma
   return Masks(full, full & near)
 
 
+def attend_causal(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+  """As `attend` of all T = S tokens, under a mask that lets none see a later one.
+
+  On a CPU a part of the queries at a time, with the keys up to its end: the rest would be masked.
+  """
+  tokens = q.shape[1]
+  fits = (n for n in (4, 3, 2) if tokens % n == 0 and tokens // n >= _LEAST_QUERIES)
+  parts = next(fits, 1) if jax.default_backend() == 'cpu' else 1
+  ends = [tokens // parts * (i + 1) for i in range(parts)]
+  done = [
+    attend(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end])
+    for start, end in zip([0, *ends], ends, strict=False)
+  ]
+  return jnp.concatenate(done, axis=1) if parts > 1 else done[0]
+
+
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
   """softmax(q k^T / sqrt(H)) v over the keys that mask [B, T, S] allows.
 
   q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H]. Query heads that share a
-  key head are rows of one product, so keys and values are never repeated.
+  key head are rows of one product, so keys and values are never repeated. A query that
+  sees nothing gets a mean of the values, which is to be ignored: so is its gradient.
   """
-  return _attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask)
+  batch, t, heads, width = q.shape
+  kv_heads = k.shape[2]
+  if kv_heads == 1:  # an axis of size 1 in the products costs copies of the scores
+    return _one_head(q, k[:, :, 0], v[:, :, 0], mask)
+  groups = q.reshape(batch, t, kv_heads, heads // kv_heads, width)
+  out = jax.vmap(_one_head, (2, 2, 2, None), 2)(groups, k, v, mask)
+  return out.reshape(q.shape)
+
+
+@jax.custom_vjp
+def _one_head(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+  """Attention of all query heads [B, T, G, H] to one key head, k and v [B, S, H]."""
+  return _one_head_forward(q, k, v, mask)[0]
+
+
+def _one_head_forward(q, k, v, mask):
+  batch, t, group, width = q.shape
+  rows = (q * width**-0.5).astype(k.dtype).reshape(batch, t * group, width)
+  scores = jnp.einsum('bqh,bsh->bqs', rows, k, preferred_element_type=jnp.float32)
+  weights = _weights(scores.reshape(batch, t, group, -1), mask[:, :, None])
+  weights = weights.reshape(scores.shape)
+  inverse = 1 / weights.sum(-1, keepdims=True)
+  weights = weights.astype(v.dtype)
+  out = jnp.einsum('bqs,bsh->bqh', weights, v, preferred_element_type=jnp.float32)
+  out = (out * inverse).astype(q.dtype)
+  return out.reshape(q.shape), (rows, k, v, weights, inverse, out)
+
+
+def _one_head_backward(residuals, dout):
+  rows, k, v, weights, inverse, out = residuals
+  shape, width = dout.shape, dout.shape[-1]
+  dout = dout.reshape(rows.shape).astype(jnp.float32) * inverse
+  shared = jnp.sum(dout * out, axis=-1, keepdims=True)  # of the softmax: sum of weights * dweights
+  dout = dout.astype(v.dtype)
+  dweights = jnp.einsum('bqh,bsh->bqs', dout, v, preferred_element_type=jnp.float32)
+  dscores = (weights * (dweights - shared)).astype(k.dtype)
+  dq = jnp.einsum('bqs,bsh->bqh', dscores, k, preferred_element_type=jnp.float32) * width**-0.5
+  dk, dv = _over_queries(rows, dscores), _over_queries(dout, weights)
+  return dq.astype(rows.dtype).reshape(shape), dk, dv, None
+
+
+def _over_queries(rows: jax.Array, scores: jax.Array) -> jax.Array:
+  """rows [B, Q, H] and scores [B, Q, S] -> scores^T rows [B, S, H].
+
+  Behind the barrier the [H, S] product is turned over; without, XLA turns over the [Q, S] scores.
+  """
+  return jax.lax.optimization_barrier(jnp.einsum('bqh,bqs->bhs', rows, scores)).swapaxes(1, 2)
+
+
+_one_head.defvjp(_one_head_forward, _one_head_backward)
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-  """`attend` in the layout of products: k [B, K, H, S], v [B, K, S, H]."""
+  """`attend` of a cache, which has the layout of products: k [B, K, H, S], v [B, K, S, H]."""
   batch, t, heads, width = q.shape
   kv_heads, columns = v.shape[1:3]
   group = heads // kv_heads

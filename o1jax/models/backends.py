@@ -1,6 +1,6 @@
 """Attention of whole rows by the kernel that suits the platform; a cache is read by plain XLA.
 
-- `xla`: `attention.attend`, everywhere; its scores [B, N, T, T] are in memory.
+- `xla`: `attention.attend_causal`, everywhere; its scores [B, N, T, T] are in memory.
 - `cudnn`: cuDNN's flash attention on NVIDIA GPUs; the mask is there as a bias [B, 1, T, T].
 - `splash`: Pallas splash attention on TPUs, segments and window given to the kernel, no mask at
   all; over a mesh each device runs it for its own rows and key heads. Elsewhere than on a TPU it is
@@ -84,8 +84,9 @@ def attend(backend: str, config: ModelConfig, positions: jax.Array, segments: ja
   """
   if backend == 'splash':
     return functools.partial(_splash, config, segments)
-  attend_under = attention.attend if backend == 'xla' else flash
-  return functools.partial(_masked, attend_under, attention.full_masks(config, positions, segments))
+  masks = attention.full_masks(config, positions, segments)
+  attend_under = attention.attend_causal if backend == 'xla' else flash
+  return functools.partial(_masked, attend_under, masks)
 
 
 def attend_own_tokens(config: ModelConfig, positions: jax.Array, segments: jax.Array) -> Attend:

@@ -94,10 +94,15 @@ def estimate(
     seconds = time.monotonic() - started
     return dataclasses.replace(plain, peak_bytes=_used(str(error)), compile_s=seconds)
   seconds = time.monotonic() - started
-  memory, text = compiled.memory_analysis(), compiled.as_text()
+  memory = compiled.memory_analysis()
+  peak = peak_bytes(memory, topology.chip.platform)
+  known = {'peak_bytes': peak, 'fits': peak + beside <= topology.memory, 'compile_s': seconds}
+  try:
+    text = compiled.as_text()
+  except jax.errors.JaxRuntimeError:  # libtpu writes some programs that this XLA cannot read
+    return dataclasses.replace(plain, **known)
   keep(text)
   program = Program(text, unknown_trips=step.trips)
-  peak = peak_bytes(memory, topology.chip.platform)
   traffic = program.traffic
   if topology.chip.platform == 'cpu':
     # The CPU's fusions are not the chip's: no less than to read what is given and write the result.
@@ -106,14 +111,12 @@ def estimate(
   largest = [(str(shape), shape.bytes, origin) for shape, origin in program.largest(3)]
   return dataclasses.replace(
     plain,
-    peak_bytes=peak,
-    fits=peak + beside <= topology.memory,
+    **known,
     sent_bytes=program.sent,
     traffic_bytes=traffic,
     argument_bytes=memory.argument_size_in_bytes,
     largest=tuple(largest),
     roofline=_roofline(topology, dtype, plain.flops, traffic, program.sent),
-    compile_s=seconds,
   )
 
 

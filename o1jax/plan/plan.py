@@ -213,6 +213,8 @@ def show(plan: Plan) -> None:
   for found in plan.estimates:
     if not found.fits:
       progress.say(_misfit(found))
+    elif found.roofline is None and plan.topology.chip.platform == 'tpu':
+      progress.say(f'{found.step}: memory is known; its program could not be read for the rest')
   _show_run(plan, progress)
 
 
