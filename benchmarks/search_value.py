@@ -1,6 +1,7 @@
 """What search is worth beside sampling, at equal generated tokens; last line one JSON object.
 
     python benchmarks/search_value.py RUN [RUN ...] [--out DIR] [--problems 200] [--tune]
+        [--policies NAME ...]
 
 RUN are folders of finished runs (`python -m o1jax.train --config configs/quickstart.yaml`), one a
 seed; they are only read. The base and the SFT policy of round 0 are searched with round 0's PRM,
@@ -15,7 +16,8 @@ On training problems of round 1, which policies and PRM of round 0 have not seen
 executed: problems solved by guided descents and by UCT on outcome, each beside sampling with as
 many tokens.
 
-Outcomes are kept in `--out`, a file for each run, and not measured again. `--tune` tries settings
+Outcomes are kept in `--out`, a file for each run, and not measured again. `--policies` leaves out
+those that are not named, as the tables name them ('base', 'round0/sft', ...). `--tune` tries settings
 on the dev split instead and prints what each solves.
 """
 
@@ -167,13 +169,16 @@ def synthesis(case: Case) -> dict[str, Any]:
   return rows
 
 
-def one_run(folder: pathlib.Path, problems: int, zygote: Zygote, out: pathlib.Path) -> None:
+def one_run(
+  folder: pathlib.Path, problems: int, zygote: Zygote, out: pathlib.Path, wanted: Sequence[str]
+) -> None:
   """Adds to the file `out` what it lacks of the figures of a finished run."""
   found = files.read_json(out) or {'test': {}, 'train': {}}
   with reopened(folder) as run:
     for split, there in found.items():
       for name, policy in policies(run, folder).items():
-        if name in there or (split == 'train' and name not in ('base', 'round0/sft')):
+        unwanted = wanted and name not in wanted
+        if unwanted or name in there or (split == 'train' and name not in ('base', 'round0/sft')):
           continue
         start = time.perf_counter()
         if split == 'test':
@@ -317,6 +322,7 @@ def main() -> None:
   parser.add_argument('runs', nargs='+', type=pathlib.Path, metavar='RUN')
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/search_value'))
   parser.add_argument('--problems', type=int, default=200)
+  parser.add_argument('--policies', nargs='+', default=[], metavar='NAME')
   parser.add_argument('--tune', action='store_true')
   options = parser.parse_args()
   zygote, _ = strongest()
@@ -327,7 +333,7 @@ def main() -> None:
     found = []
     for folder in options.runs:
       file = options.out / f'{folder.resolve().name}.json'
-      one_run(folder, options.problems, zygote, file)
+      one_run(folder, options.problems, zygote, file, options.policies)
       found.append(files.read_json(file))
   test, train = compare(found), compare_synthesis(found)
   show(test, train)
