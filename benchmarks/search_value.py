@@ -17,8 +17,8 @@ executed: problems solved by guided descents and by UCT on outcome, each beside 
 many tokens.
 
 Outcomes are kept in `--out`, a file for each run, and not measured again. `--policies` leaves out
-those that are not named, as the tables name them ('base', 'round0/sft', ...). `--tune` tries settings
-on the dev split instead and prints what each solves.
+those that are not named, as the tables name them ('base', 'round0/sft', ...). `--tune` tries
+settings on the dev split instead and prints what each solves.
 """
 
 from __future__ import annotations
