@@ -5,12 +5,12 @@
 
 RUN are folders of finished runs (`python -m o1jax.train --config configs/quickstart.yaml`), one a
 seed; they are only read. The base and the SFT policy of round 0 are searched with round 0's PRM,
-the last policy with the PRM that it learnt from, and with the one made after it (`prm.renew`). A
-rule finds whole paths within a budget of generated tokens and answers with the one that the PRM
-likes best: no program is executed before it is judged. The baselines get as many samples as fit
-into what the costliest rule has drawn, rounded up. Majority is by behaviour (Li et al. 2022,
-"AlphaCode"): programs that print the same on the inputs of the problem's tests vote together, so
-that here, alone, programs run first.
+the last policy with the PRM that it learnt from, and where there is one (`prm.renew=true`) with
+that made after it. A rule finds whole paths within a budget of generated tokens and answers with
+the one that the PRM likes best: no program is executed before it is judged. The baselines get as
+many samples as fit into what the costliest rule has drawn, rounded up. Majority is by behaviour (Li
+et al. 2022, "AlphaCode"): programs that print the same on the inputs of the problem's tests vote
+together, so that here, alone, programs run first.
 
 On training problems of round 1, which policies and PRM of round 0 have not seen, programs are
 executed: problems solved by guided descents and by UCT on outcome, each beside sampling with as
@@ -75,16 +75,18 @@ SYNTHESIS: dict[str, Way] = {
 
 
 def policies(run: Run, folder: pathlib.Path) -> dict[str, Callable[[], Policy]]:
-  """Base, SFT and last policy of a finished run, the last with either PRM of its round."""
+  """Base, SFT and last policy of a finished run, the last with the PRMs of its round."""
   load = lambda name: checkpoints.load_tree(folder / 'stages' / name)  # noqa: E731
   last = f'round{run.config.run.rounds - 1}'
   final = lambda prm: Policy(load(f'{last}/rl/policy'), prm)  # noqa: E731
-  return {
+  found = {
     'base': lambda: Policy(run.base, load('round0/prm/prm')),
     'round0/sft': lambda: Policy(load('round0/policy_sft/policy'), load('round0/prm/prm')),
     f'{last}/rl': lambda: final(load(f'{last}/prm/prm')),
-    f'{last}/rl, renewed PRM': lambda: final(load(f'{last}/renewed/prm/prm')),
   }
+  if (folder / 'stages' / last / 'renewed/prm/done.json').exists():
+    found[f'{last}/rl, renewed PRM'] = lambda: final(load(f'{last}/renewed/prm/prm'))
+  return found
 
 
 def chosen(case: Case, found: Found, values: Sequence[Sequence[float]]) -> list[Tokens]:

@@ -180,36 +180,6 @@ def test_attention_equals_plain_softmax():
   np.testing.assert_allclose(one, attention.attend(q, k, v, mask)[:, 4:], atol=1e-5)
 
 
-@pytest.mark.parametrize('kv_heads', [1, 2])
-def test_attention_in_parts_and_its_gradient(kv_heads):
-  """Three parts of 32 queries, packed and padded rows, beside the softmax that JAX derives."""
-  q, k, v, weight = (
-    jax.random.normal(jax.random.key(i), (2, 96, heads, 8))
-    for i, heads in enumerate((4, kv_heads, kv_heads, 4))
-  )
-  segments = jnp.repeat(jnp.array([[1, 1, 2], [1, 2, 0]]), 32, axis=1)
-  same = (segments[:, :, None] == segments[:, None]) & (segments > 0)[:, None]
-  mask = jnp.tril(same)
-
-  def plain(q, k, v, mask):
-    k, v = (jnp.repeat(x, 4 // kv_heads, axis=2) for x in (k, v))
-    scores = jnp.einsum('btnh,bsnh->bnts', q, k) * 8**-0.5
-    return jnp.einsum('bnts,bsnh->btnh', jax.nn.softmax(scores, -1, where=mask[:, None]), v)
-
-  def found(attend):
-    def loss(q, k, v):
-      out = jnp.where(segments[:, :, None, None] > 0, attend(q, k, v, mask), 0.0)
-      return jnp.sum(weight * out), out
-
-    return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
-
-  expected = found(plain)
-  for attend in (attention.attend, attention.attend_causal):
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found(attend), expected
-    )
-
-
 def test_gradients_of_products():
   x, kernel = jax.random.normal(jax.random.key(0), (5, 3)), jnp.arange(12.0).reshape(3, 4) / 9
   check_grads(ops.linear, (x, kernel), order=1, modes=['rev'])
