@@ -29,7 +29,8 @@ import numpy as np
 
 from o1jax.models import hf
 from o1jax.sampling.cache import DecodeState, read_tokens
-from o1jax.sampling.kv_pool import NONE, KvPool, empty_pool, gather, store
+from o1jax.sampling.kv_pool import KvPool, empty_pool, gather, store
+from o1jax.sampling.rows import NONE
 
 NEW = 16  # as many as the library draws between two replacements
 WIDTHS = (32, 64, 128, 256)  # tokens of a prefix

@@ -202,10 +202,12 @@ def reopened(folder: pathlib.Path) -> Iterator[Run]:
       yield run
 
 
-def tune(folder: pathlib.Path, problems: int, zygote: Zygote) -> None:
+def tune(folder: pathlib.Path, problems: int, zygote: Zygote, wanted: Sequence[str]) -> None:
   """What settings solve on dev, by policy, and which way to choose is best for each."""
   with reopened(folder) as run:
     for policy, made in policies(run, folder).items():
+      if wanted and policy not in wanted:
+        continue
       case = Case(run, made(), run.dev[:problems], zygote)
       scorer = case.scorer()
       rows = []
@@ -330,7 +332,7 @@ def main() -> None:
   zygote, _ = strongest()
   with contextlib.closing(zygote):
     if options.tune:
-      tune(options.runs[0], options.problems, zygote)
+      tune(options.runs[0], options.problems, zygote, options.policies)
       return
     found = []
     for folder in options.runs:
