@@ -183,7 +183,8 @@ def main() -> None:
   args = parser.parse_args()
   clock = time.process_time if args.cpu else time.perf_counter
   start_cpu_devices({'data': args.data})
-  model, mesh = Model(SHAPES[args.shape]), make_mesh({'data': args.data})
+  devices = jax.devices()[: args.data] if args.data > 0 else None
+  model, mesh = Model(SHAPES[args.shape]), make_mesh({'data': args.data}, devices)
   params = jax.jit(model.init)(jax.random.key(0))
   result = {'shape': args.shape, 'rows': args.rows, 'tokens': args.tokens}
   result |= {'device': jax.devices()[0].device_kind, 'devices': mesh.size, 'cores': os.cpu_count()}

@@ -14,6 +14,7 @@ from o1jax.learn.logprobs import columns_at_once
 from o1jax.learn.objectives import sft_loss
 from o1jax.models import Model, ModelConfig
 from o1jax.parallel import make_mesh
+from o1jax.parallel.platform import planned_for, platform
 from o1jax.plan import chips, counts, flops, measure, plan, steps
 from o1jax.plan import step as step_lib
 from o1jax.plan.__main__ import main
@@ -216,8 +217,11 @@ def test_a_program_that_cannot_be_read_still_has_its_memory():
   memory = types.SimpleNamespace(peak_memory_in_bytes=3 << 30)
   compiled = types.SimpleNamespace(memory_analysis=lambda: memory, as_text=unreadable)
   lowered = types.SimpleNamespace(compile=lambda: compiled)
-  step = Step('s', 'k', 8, 4, 8, lambda rows: lowered, lambda rows: Flops(rows, rows))
+  traced = []
+  lower = lambda rows: traced.append(platform()) or lowered  # noqa: E731
+  step = Step('s', 'k', 8, 4, 8, lower, lambda rows: Flops(rows, rows))
   found = measure.estimate(step, chips.parse('v5e:2x2'), 'float32', beside=1 << 30)
+  assert traced == ['tpu'] and platform() == 'cpu'  # in the form that a TPU runs
   assert found.fits and found.peak_bytes == 3 << 30 and found.roofline is None
   assert not measure.estimate(step, chips.parse('v5e:2x2'), 'float32', beside=13 << 30).fits
 
@@ -232,7 +236,11 @@ def test_flops_agree_with_xla_s_count_of_an_unrolled_model():
   batch = TokenBatch(ids, ids, ids, jax.ShapeDtypeStruct((2, 512), jnp.float32))
   for remat in (False, True):
     model = Model(arch, remat=remat)
-    loss = lambda params, batch, model=model: sft_loss(model)(params, batch)[0]  # noqa: E731
+
+    def loss(params, batch, model=model):
+      with planned_for('tpu'):  # on a CPU attention leaves out what is masked
+        return sft_loss(model)(params, batch)[0]
+
     pieces = columns_at_once(model, 2, 511, 1) < 511
     assert not pieces
     counted = flops.training(arch, 2, 512, remat=remat, pieces=pieces)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from o1jax.batch import PairBatch, RolloutBatch, StepBatch, TokenBatch
+from o1jax.parallel.platform import platform
 from o1jax.parallel.sharding import ambient_ways
 
 # Measured on 2 CPU cores, where a step of a small model waits for memory as long as for products:
@@ -29,7 +30,7 @@ def parts_in_cache(weights: Any, batch: Any, accumulate: int) -> int:
     accumulate: microbatches asked for.
   """
   small = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights)) <= _SMALL_BYTES
-  if jax.default_backend() != 'cpu' or not small:
+  if platform() != 'cpu' or not small:
     return accumulate
   if isinstance(batch, PairBatch):
     (rows, columns), sides = batch.chosen.tokens.shape, 2

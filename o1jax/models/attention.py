@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from o1jax.models.config import ModelConfig
+from o1jax.parallel.platform import platform
 
 # Finite, so that a row that sees nothing (padding) is uniform and not NaN.
 MASKED = -1e30
@@ -116,7 +117,7 @@ def attend_causal(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> 
   """
   tokens = q.shape[1]
   fits = (n for n in (4, 3, 2) if tokens % n == 0 and tokens // n >= _LEAST_QUERIES)
-  parts = next(fits, 1) if jax.default_backend() == 'cpu' else 1
+  parts = next(fits, 1) if platform() == 'cpu' else 1
   ends = [tokens // parts * (i + 1) for i in range(parts)]
   done = [
     attend(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end])
@@ -214,7 +215,7 @@ def attend_cached(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Ar
   q [R, t, N, H], keys [R, K, H, S], values [R, K, S, H], mask [R, t, S] -> [R, t, N, H].
   """
   one_token = q.shape[1] == 1 and keys.shape[1] == 1 < q.shape[2]
-  multiply = one_token and jax.default_backend() == 'cpu'
+  multiply = one_token and platform() == 'cpu'
   return (_attend_one if multiply else _attend)(q, keys, values, mask)
 
 

@@ -27,6 +27,7 @@ class Chip:
 
   name: str
   platform: str  # 'tpu': compiled for it; 'cpu': compiled for virtual CPU devices in its place
+  traced_for: str  # 'tpu', 'gpu' or 'cpu': its own form of a program
   memory: int | None  # bytes for a program; None: a share of the machine's
   bf16: float | None  # peak FLOP/s of bfloat16 products
   f32: float | None  # of float32 products at JAX's default precision
@@ -42,11 +43,11 @@ class Chip:
 CHIPS = {
   chip.name: chip
   for chip in (
-    Chip('v5e', 'tpu', int(15.75 * GIB), 197e12, 197e12, 819e9, 100e9),
-    Chip('v5p', 'tpu', int(95.74 * GIB), 459e12, 459e12, 2765e9, 200e9),
-    Chip('v6e', 'tpu', int(31.25 * GIB), 918e12, 918e12, 1600e9, 200e9),
-    Chip('h100', 'cpu', 80 * 10**9, 989.4e12, 494.7e12, 3350e9, 450e9),
-    Chip('cpu', 'cpu', None, None, None, None, None),
+    Chip('v5e', 'tpu', 'tpu', int(15.75 * GIB), 197e12, 197e12, 819e9, 100e9),
+    Chip('v5p', 'tpu', 'tpu', int(95.74 * GIB), 459e12, 459e12, 2765e9, 200e9),
+    Chip('v6e', 'tpu', 'tpu', int(31.25 * GIB), 918e12, 918e12, 1600e9, 200e9),
+    Chip('h100', 'cpu', 'gpu', 80 * 10**9, 989.4e12, 494.7e12, 3350e9, 450e9),
+    Chip('cpu', 'cpu', 'cpu', None, None, None, None, None),
   )
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from o1jax.parallel.platform import planned_for
 from o1jax.plan.chips import Topology
 from o1jax.plan.flops import Flops
 from o1jax.plan.hlo import Program
@@ -87,7 +88,9 @@ def estimate(
   plain = dataclasses.replace(plain, key=step.key)
   started = time.monotonic()
   try:
-    compiled = step.lower(rows).compile()
+    with planned_for(topology.chip.traced_for):
+      lowered = step.lower(rows)
+    compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if _EXHAUSTED not in str(error):
       raise
