@@ -19,7 +19,7 @@ from o1jax.sampling import decode, kv_pool
 from o1jax.sampling.cache import DecodeState, prefill
 from o1jax.sampling.paged import CHUNK
 from o1jax.sampling.sampler import COLUMN_MULTIPLE, PROMPT_MULTIPLE, round_up
-from o1jax.sampling.scorer import PrmScorer, score_candidates
+from o1jax.sampling.scorer import score_candidates
 from o1jax.stages import synthesis
 from o1jax.stages.layout import sampling_mesh
 
@@ -140,7 +140,7 @@ def _expand(given: Arguments) -> Step:
 
 def _score(given: Arguments) -> Step:
   model, at, c = given.model, _shapes(given), given.model.config
-  rows = round_up(PrmScorer.rows, given.ways)
+  rows = round_up(synthesis.score_rows(given.config.search), given.ways)
   tokens = 1 << (given.config.search.max_step_tokens - 1).bit_length()
   columns = round_up(at.columns + tokens, COLUMN_MULTIPLE)
 
@@ -155,7 +155,7 @@ def _score(given: Arguments) -> Step:
     total = flops.layers(c, n * tokens, columns) + flops.logits(c, n * tokens) + each * n * tokens
     return Flops(total, total)
 
-  return step(given, 'score', 'PrmScorer.rows', rows, tokens, lower, count)
+  return step(given, 'score', 'search.rows', rows, tokens, lower, count)
 
 
 def _read(given: Arguments, rows: int, prompt: int, columns: int) -> DecodeState:

@@ -14,7 +14,7 @@ from o1jax.sampling.scorer import PrmScorer
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import Answers, answer, interval, name_ids, pass_at_1
 from o1jax.stages.prm import held_out_trees, sibling_metrics
-from o1jax.stages.synthesis import guided
+from o1jax.stages.synthesis import guided, score_rows
 from o1jax.stages.tcg import tcg_table
 
 SEED = 77  # of the report's samples, the same for every policy
@@ -121,9 +121,8 @@ def search_row(run: Run, candidate: Candidate, prm: Any) -> dict[str, Any]:
     prompts = [run.encoder.prompt(p) for p in problems]
     rule = guided(run, config.search_children)
     with run.sampling(candidate.params, prm) as (policy, judge):
-      found = rule(
-        policy, PrmScorer(run.model, judge), prompts, seed=SEED + 2, ids=name_ids(problems)
-      )
+      scorer = PrmScorer(run.model, judge, score_rows(run.config.search))
+      found = rule(policy, scorer, prompts, seed=SEED + 2, ids=name_ids(problems))
     paths = [run.encoder.steps_of(d.tokens) for d in found.descents]
     verdicts = run.executor.judge(problems, paths)
     searched = np.array([v is not None and v.status == 'accepted' for v in verdicts], float)

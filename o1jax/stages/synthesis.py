@@ -210,7 +210,8 @@ def _trees(run: Run, policy: Any, prm: Any | None, name: str) -> Find:
       for judge in judges:
         nodes = len(part) * (1 + mcts.width * mcts.simulations)
         tokens = config.pool_tokens or sum(map(len, prompts)) + nodes * config.max_step_tokens
-        score = TreeScorer(run.model, judge, prompts, mcts.steps, tokens=tokens, nodes=nodes)
+        held = {'tokens': tokens, 'nodes': nodes, 'rows': score_rows(config)}
+        score = TreeScorer(run.model, judge, prompts, mcts.steps, **held)
       half = HalfSaved(run, name, part, seed, stop)
       forest = mcts(
         params,
@@ -258,6 +259,11 @@ def _search(run: Run, with_prm: bool) -> Search:
   )
 
 
+def score_rows(config: SearchConfig) -> int:
+  """Steps that the PRM reads at once: no more than are decoded."""
+  return min(PrmScorer.rows, config.rows)
+
+
 def guided(run: Run, children: int, pick_temperature: float = 0.0) -> Guided:
   """Guided descent under the run's limits."""
   return Guided(
@@ -285,7 +291,8 @@ def _guided(run: Run, policy: Any, prm: Any) -> Find:
     ids = np.column_stack([name_ids(repeated), attempts])
     prompts = [run.encoder.prompt(p) for p in repeated]
     with run.sampling(policy, prm) as (params, judge):
-      descents = rule(params, PrmScorer(run.model, judge), prompts, seed=seed, ids=ids)
+      scorer = PrmScorer(run.model, judge, score_rows(config))
+      descents = rule(params, scorer, prompts, seed=seed, ids=ids)
     paths = [run.encoder.steps_of(d.tokens) for d in descents.descents]
     return repeated, paths, descents.generated
 
