@@ -325,6 +325,10 @@ def test_counts_of_a_small_run():
   parts = 10 * 2 + 6 * 5
   assert counts.generated(config) == 50 * (80 + 24 + 30 + 160 + 63 + 448) + 20 * parts
   assert counts.trained(config)['rl'] == 3 * 2
+  renewing = config.model_copy(update={'prm': config.prm.model_copy(update={'renew': True})})
+  assert counts.trained(renewing)['prm'] == 2 * counts.trained(config)['prm']
+  more = counts.sampled(renewing)
+  assert more['prm test'] == 3 * 32 * 7 and more['prm dev'] == 2 * 32 * 5
 
 
 def test_the_published_shapes_have_the_published_sizes():

@@ -16,13 +16,12 @@ from o1jax.stages import prm, report
 def trained(config: Config) -> dict[str, int]:
   """Updates of each train step over the whole run."""
   rounds = config.run.rounds
-  prms = rounds * (1 + config.prm.renew)
   found = {
     'tcg/sft': config.tcg.sft.steps,
     'tcg/dpo': config.tcg.dpo.steps,
     'tcg/control': config.tcg.dpo.steps if config.tcg.control else 0,
     'policy_sft': config.policy_sft.optim.steps * (rounds + config.rl.control),
-    'prm': config.prm.optim.steps * prms,
+    'prm': config.prm.optim.steps * _prms(config),
     'rl': config.rl.iterations
     * config.rl.epochs
     * (config.rl.rows // config.rl.minibatch)
@@ -41,7 +40,7 @@ def sampled(config: Config) -> dict[str, int]:
   later = guided * _descent(config, config.search.guided_children) if guided else uct
   rollouts = config.rl.iterations * config.rl.rows
   trainings = 2 * rounds + config.rl.control
-  prms = rounds * (1 + config.prm.renew)
+  prms = _prms(config)
   judged = min(report.PRM_PROBLEMS, config.data.test_problems)
   found = {
     'search': new * (uct + (rounds - 1) * later),
@@ -93,6 +92,11 @@ def calls(config: Config, steps: list[Step]) -> dict[str, float]:
   if 'prm/scores' in by_name:
     found['prm/scores'] = scored / by_name['prm/scores'].rows
   return {name: float(n) for name, n in found.items() if name in by_name}
+
+
+def _prms(config: Config) -> int:
+  """PRMs that are trained: one a round, and one behind its RL where they are renewed."""
+  return config.run.rounds * (1 + config.prm.renew)
 
 
 def _descent(config: Config, children: int) -> float:
