@@ -9,11 +9,13 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from o1jax import config as config_lib
 from o1jax.config import OptimConfig
 from o1jax.parallel import make_mesh
+from o1jax.run.checkpoints import load_tree, save_tree
 from o1jax.run.metrics import Metrics
 from o1jax.run.progress import Progress
 from o1jax.run.stop import Stopped, deferred, raising
@@ -53,6 +55,24 @@ def test_outside_a_training_loop_it_stops_where_it_stands():
     send(signal.SIGTERM)
     done.append('too far')
   assert not done
+
+
+def test_a_signal_in_the_save_of_a_result_waits_for_it(tmp_path, monkeypatch):
+  done = []
+  wait = ocp.StandardCheckpointer.wait_until_finished
+
+  def interrupted(self):
+    if not done:
+      send(signal.SIGTERM)
+    wait(self)
+    done.append('waited')
+
+  monkeypatch.setattr(ocp.StandardCheckpointer, 'wait_until_finished', interrupted)
+  tree = {'w': jnp.arange(3.0)}
+  with pytest.raises(Stopped), raising():
+    save_tree(tmp_path / 'policy', tree)
+  assert done[0] == 'waited'
+  np.testing.assert_array_equal(load_tree(tmp_path / 'policy')['w'], tree['w'])
 
 
 SECOND = """

@@ -18,6 +18,7 @@ import numpy as np
 
 from o1jax.parallel import distributed
 from o1jax.run import bucket
+from o1jax.run.stop import deferred
 
 logger = logging.getLogger(__name__)
 
@@ -152,8 +153,15 @@ class Checkpoints:
 
 
 def save_tree(folder: bucket.Path, tree: Any) -> None:
-  """Writes a pytree of arrays into `folder`, replacing what was there, and waits for it."""
-  with _orbax().StandardCheckpointer() as checkpointer:
+  """Writes a pytree of arrays into `folder`, replacing what was there, and waits for it.
+
+  A signal is noted until the tree is whole (Python's `Thread.join` takes a thread whose wait was
+  broken off for ended, and the program would leave while Orbax still writes).
+
+  Raises:
+    Stopped: after the save, if a signal came during it.
+  """
+  with deferred(), _orbax().StandardCheckpointer() as checkpointer:
     checkpointer.save(_absolute(folder), tree, force=True)
     checkpointer.wait_until_finished()
 
