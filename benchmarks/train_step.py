@@ -4,11 +4,11 @@
       [--data 1]
 
 One model with random weights, one batch a loss, AdamW behind a gradient clip on both sides,
-float32, in one process; our rows lie over `--data` devices, as in model.py. The first loss of both
-must agree, or nothing is measured. Then the two take turns, and the median of the repeats counts,
-in seconds of the clock, or with `--cpu` of CPU, which on one core (`taskset -c 0`) compare on a
-busy machine too. `tokens_per_s` are tokens that the trunk reads (both sides of a preference pair).
-`--no-reference` leaves torch (the `parity` extra) out.
+float32, in one process, with huge pages as training has; our rows lie over `--data` devices, as in
+model.py. The first loss of both must agree, or nothing is measured. Then the two take turns, and
+the median of the repeats counts, in seconds of the clock, or with `--cpu` of CPU, which on one core
+(`taskset -c 0`) compare on a busy machine too. `tokens_per_s` are tokens that the trunk reads (both
+sides of a preference pair). `--no-reference` leaves torch (the `parity` extra) out.
 
 `peak_bytes` is what XLA plans for the step on a device: its arguments, results that do not take the
 place of arguments, and temporaries. `minimum_bytes` is what no such step can do without on one:
@@ -34,6 +34,7 @@ import numpy as np
 import train_step_torch
 from model import SHAPES
 
+from o1jax import cli
 from o1jax.batch import PairBatch, RolloutBatch, StepBatch, TokenBatch
 from o1jax.learn import objectives, optim
 from o1jax.learn.state import init_state
@@ -200,4 +201,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+  cli.restart_with_huge_pages()
   main()
