@@ -361,6 +361,16 @@ def test_without_libtpu_the_command_says_what_to_install(command, capsys, monkey
   assert "pip install 'o1jax[tpu-plan]'" in capsys.readouterr().err
 
 
+def test_a_libtpu_that_jax_was_not_made_with_is_named(monkeypatch):
+  versions = {'libtpu': '0.0.52', 'jax': '0.10.2'}
+  monkeypatch.setattr(chips.metadata, 'version', versions.__getitem__)
+  wanted = ['numpy>=2', 'libtpu==0.0.42.*; extra == "tpu"']
+  monkeypatch.setattr(chips.metadata, 'requires', lambda name: wanted)
+  assert 'libtpu 0.0.52 is not the one for jax 0.10.2 (==0.0.42.*)' in chips.unfit_libtpu()
+  versions['libtpu'] = '0.0.42.1'
+  assert chips.unfit_libtpu() is None
+
+
 @pytest.mark.parametrize(
   'more, message',
   [

@@ -6,15 +6,18 @@ compiler gives a program, a little less than what the chip has.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
 import os
 import re
 from collections.abc import MutableMapping
+from importlib import metadata
 from typing import Any
 
 import psutil
+from packaging.requirements import Requirement
 
 from o1jax.config import ConfigError, closest
 
@@ -136,6 +139,21 @@ def devices(topology: Topology) -> list[Any]:
     text = f'{len(described.devices)} devices where {topology.count} chips were asked for'
     raise _fault(f'{topology.name}: libtpu describes {text}')
   return list(described.devices)
+
+
+def unfit_libtpu() -> str | None:
+  """What to say of a libtpu of another version than the one that this JAX was made with.
+
+  Its programs may have instructions that JAX's own XLA does not know.
+  """
+  with contextlib.suppress(metadata.PackageNotFoundError):
+    there = metadata.version('libtpu')
+    for line in metadata.requires('jax') or ():
+      wanted = Requirement(line)
+      if wanted.name == 'libtpu' and there not in wanted.specifier:
+        text = f'libtpu {there} is not the one for jax {metadata.version("jax")}'
+        return f"{text} ({wanted.specifier}); pip install 'o1jax[tpu-plan]'"
+  return None
 
 
 def _fault(text: str) -> ConfigError:

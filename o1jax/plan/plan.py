@@ -83,6 +83,8 @@ def make(
     ConfigError: a model, mesh, batch or step that cannot be, or no compiler for the topology.
   """
   progress = Progress(sys.stderr)
+  if topology.chip.platform == 'tpu' and (unfit := chips.unfit_libtpu()):
+    progress.say(unfit)
   try:
     model = model_of(config, model_config)
     mesh = make_mesh(config.mesh.axes, chips.devices(topology))
