@@ -161,6 +161,25 @@ def test_xla_knows_the_flags_of_the_presets():
   assert got.returncode == 0, got.stderr[-2000:]
 
 
+TPU_COMPILES = """
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+(device, *_) = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices
+x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
+jax.jit(jnp.tanh).lower(x).compile()
+"""
+
+
+def test_libtpu_knows_the_flags_of_its_presets():
+  pytest.importorskip('libtpu')
+  flags = ' '.join(flags for name, flags in presets().items() if name.startswith('tpu_'))
+  env = os.environ | {'LIBTPU_INIT_ARGS': flags, 'JAX_PLATFORMS': 'cpu'}
+  env |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+  command = [sys.executable, '-c', TPU_COMPILES]
+  got = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+  assert got.returncode == 0, got.stderr[-2000:]
+
+
 def test_jobset_has_the_shape_of_one():
   job = yaml.safe_load((LAUNCH / 'jobset.yaml').read_text())
   assert (job['apiVersion'], job['kind']) == ('jobset.x-k8s.io/v1alpha2', 'JobSet')
