@@ -9,6 +9,7 @@ import pytest
 
 from o1jax.models import Model, ModelConfig, attention, backends
 from o1jax.parallel import make_mesh
+from o1jax.parallel.platform import planned_for
 
 CONFIG = ModelConfig(61, 32, 1, 4, 2, 48, head_dim=16, initializer_range=0.2, max_position=256)
 WINDOWED = dataclasses.replace(CONFIG, sliding_window=5)
@@ -155,6 +156,11 @@ def test_the_choice_is_by_platform_and_shape():
     assert backends.choose('auto', config, columns, platform, devices) == expected
     assert backends.choose('xla', config, columns, platform, devices) == 'xla'
   assert backends.choose('splash', wide, 512, 'tpu', 4) == 'splash'
+  with planned_for('tpu'):
+    assert backends.choose('auto', wide, 512, devices=1) == 'splash'
+    assert backends.choose('auto', wide, 512) == 'xla'  # eight devices
+  with planned_for('gpu'):  # compiled for CPUs in its place
+    assert backends.choose('auto', wide, 512, devices=1) == 'xla'
 
 
 @pytest.mark.parametrize(

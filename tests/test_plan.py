@@ -412,3 +412,12 @@ def test_a_tpu_s_compiler_is_asked(command, capsys):
   (row,) = json.loads(capsys.readouterr().out)['steps']
   assert row['peak_bytes'] > 4 * PARAMETERS / 4 and row['there_bytes'] == int(15.75 * 2**30)
   assert row['roofline']['seconds'] > 0
+
+
+def test_a_tpu_s_kernel_is_compiled(command, capsys, tmp_path):
+  pytest.importorskip('libtpu')
+  args = ['--topology', 'v5e:2x2', '--steps', 'policy_sft', '--json', 'mesh.fsdp=2']
+  assert main([*command, *args, 'model.attention=splash', '--dump', str(tmp_path)]) == 0
+  (row,) = json.loads(capsys.readouterr().out)['steps']
+  assert row['fits'] and row['traffic_bytes'] > 0
+  assert 'splash' in (tmp_path / 'policy_sft.hlo.txt').read_text()

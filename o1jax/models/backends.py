@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from o1jax.models import attention
 from o1jax.models.config import ModelConfig
+from o1jax.parallel.platform import platform as traced_for
 from o1jax.parallel.sharding import first_token, on_own_parts, whole_tokens
 
 BACKENDS = ('auto', 'xla', 'cudnn', 'splash')
@@ -47,15 +48,17 @@ def choose(
     wanted: one of `BACKENDS`.
     config: of the model.
     columns: T.
-    platform: 'cpu', 'gpu' or 'tpu'; default is JAX's own.
-    devices: of the run; default is all that JAX sees. 'auto' takes splash attention on one only:
-      over a mesh it has not been tried on hardware.
+    platform: 'cpu', 'gpu' or 'tpu'; default is JAX's own, or a TPU that is planned for.
+    devices: of the run; default is all that JAX sees, or those of a larger ambient mesh. 'auto'
+      takes splash attention on one only: over a mesh it has not been tried on hardware.
     sequence: devices that share the tokens of a row, which XLA's attention alone can.
 
   Raises:
     ValueError: what is wanted cannot run here; says why.
   """
-  platform, devices = platform or jax.default_backend(), devices or jax.device_count()
+  if platform is None:
+    platform = 'tpu' if traced_for() == 'tpu' else jax.default_backend()
+  devices = devices or max(jax.device_count(), jax.sharding.get_abstract_mesh().size)
   if wanted not in BACKENDS:
     raise ValueError(f'attention={wanted!r} is none of {", ".join(BACKENDS)}')
   no_splash = 'it is for TPUs' if platform == 'gpu' else ''
@@ -179,12 +182,9 @@ def _kernel_over_rows(
   block = next(size for size in (512, 256, _LANES) if columns % size == 0)
   names = ('q', 'kv', 'q_dkv', 'kv_dkv', 'kv_dkv_compute', 'q_dq', 'kv_dq')
   blocks = splash.BlockSizes(**{f'block_{name}': block for name in names})
-  with jax.ensure_compile_time_eval():  # the kernel's tables are constants of the program
-    kernel = splash.make_splash_mqa_single_device(
-      splash.MultiHeadMask([mask] * group),
-      block_sizes=blocks,
-      interpret=jax.default_backend() != 'tpu',
-    )
+  kernel = splash.make_splash_mqa_single_device(
+    splash.MultiHeadMask([mask] * group), block_sizes=blocks, interpret=traced_for() != 'tpu'
+  )
   q = (q * width**-0.5).reshape(rows, columns, -1, group, width).transpose(0, 2, 3, 1, 4)
   k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))  # [B, K, T, H]
   one_row = lambda q, k, v, s: jax.vmap(kernel, (0, 0, 0, None))(q, k, v, s)  # noqa: E731
