@@ -45,6 +45,7 @@ from o1jax.parallel.sharding import param_shardings, shard, spread
 
 STEPS = 4  # reasoning steps of a row
 LR, BETA, PAUSE_S = 1e-4, 0.1, 0.3
+WARM_TURNS = 5  # not counted: threads, caches and pages of the process settle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +157,7 @@ def measure(
     if abs(theirs - ours) > 1e-3 * max(1.0, abs(ours)):
       raise ValueError(f'{name}: our loss is {ours}, that of the reference {theirs}: not the same')
   seconds: dict[str, list[float]] = {'': [], 'reference_': []}
-  for _ in range(repeats):
+  for _ in range(WARM_TURNS + repeats):
     time.sleep(PAUSE_S if turn is not None else 0)
     start = clock()
     state, metrics = update(state, batch)
@@ -168,7 +169,8 @@ def measure(
       seconds['reference_'].append(clock() - start)
   for side, times in seconds.items():
     if times:
-      row[f'{side}tokens_per_s'] = round(tokens_of(case.batch) / statistics.median(times))
+      counted = statistics.median(times[WARM_TURNS:])
+      row[f'{side}tokens_per_s'] = round(tokens_of(case.batch) / counted)
   return row
 
 
