@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,19 @@ def test_outside_a_training_loop_it_stops_where_it_stands():
     send(signal.SIGTERM)
     done.append('too far')
   assert not done
+
+
+class Ending:
+  """Is sent a signal as it is destroyed, where Python passes over what is raised."""
+
+  def __del__(self):
+    send(signal.SIGTERM)
+
+
+def test_a_signal_that_python_passed_over_is_raised_again():
+  with pytest.raises(Stopped), raising():
+    Ending()
+    threading.Event().wait(5)  # until it is
 
 
 def test_a_signal_in_the_save_of_a_result_waits_for_it(tmp_path, monkeypatch):

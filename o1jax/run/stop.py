@@ -20,11 +20,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AGAIN_S = 0.02
 
 
 class Stopped(KeyboardInterrupt):
@@ -95,13 +97,29 @@ def exit_code(signum: int) -> int:
 
 @contextmanager
 def raising() -> Iterator[None]:
-  """Within, a signal raises `Stopped` where the program stands."""
+  """Within, a signal raises `Stopped` where the program stands.
+
+  Where that is a destructor or a callback of the garbage collector, JAX's for one, Python passes
+  over what is raised: then it is raised again a moment later.
+  """
 
   def handle(signum: int, _frame: object) -> None:
     raise Stopped(signum)
 
-  with _handled_by(handle):
-    yield
+  def passed_over(found: Any) -> None:
+    if isinstance(found.exc_value, Stopped):
+      again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), found.exc_value.signum))
+      again.daemon = True
+      again.start()
+    else:
+      before(found)
+
+  before, sys.unraisablehook = sys.unraisablehook, passed_over
+  try:
+    with _handled_by(handle):
+      yield
+  finally:
+    sys.unraisablehook = before
 
 
 @contextmanager
