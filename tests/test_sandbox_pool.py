@@ -11,15 +11,12 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from sandbox_cases import ECHO, LIMITS, RIGHT, WRONG
 
 from o1jax import types
 from o1jax.sandbox import Job, Limits, Pool, SandboxError, pool, wire, zygote
 from o1jax.sandbox.judge import HarnessFailure
 from o1jax.types import TestCase
-
-ECHO = (TestCase('a', 'a'), TestCase('b c', 'b c'))
-RIGHT, WRONG = Job('print(input())', ECHO), Job('print(1)', ECHO)
-LIMITS = Limits(cpu_s=0.5)
 
 
 @pytest.fixture(scope='module')

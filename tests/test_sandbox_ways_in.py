@@ -9,22 +9,12 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from sandbox_cases import ECHO, LIMITS, RIGHT, WRONG
 
 from o1jax import types
-from o1jax.sandbox import Job, Limits, Pool, SandboxError
+from o1jax.sandbox import Job, Pool, SandboxError
 from o1jax.sandbox import __main__ as command
 from o1jax.types import TestCase
-
-ECHO = (TestCase('a', 'a'), TestCase('b c', 'b c'))
-RIGHT, WRONG = Job('print(input())', ECHO), Job('print(1)', ECHO)
-LIMITS = Limits(cpu_s=0.5)
-
-
-@pytest.fixture(scope='module')
-def sandbox():
-  with Pool(2, LIMITS) as running:
-    yield running
-
 
 # --- the command ----------------------------------------------------------------------------
 
@@ -115,7 +105,7 @@ def service():
   server.server_close()
 
 
-def test_a_service_judges_as_the_machine_does(service, sandbox):
+def test_a_service_judges_as_the_machine_does(service):
   equal = 'class E:\n  __eq__ = lambda *_: True\ndef f(n): return E()'
   pair = 'class P:\n  def __init__(self, n): self.n = n\ndef f(p): return [p.n]'
   calls = (TestCase('[2]', '[0, 1]'),)
@@ -138,7 +128,8 @@ def test_a_service_judges_as_the_machine_does(service, sandbox):
   with Pool(4, LIMITS, url=service) as remote:
     assert remote.tier == 'remote'
     there = remote.judge(jobs)
-  here = sandbox.judge(jobs)
+  with Pool(2, LIMITS) as local:
+    here = local.judge(jobs)
   assert [(v.status, v.passed, len(v.tests)) for v in there] == [
     (v.status, v.passed, len(v.tests)) for v in here
   ]
