@@ -110,6 +110,18 @@ def pair_accuracy(
   return _order(scores, values, groups, margin)
 
 
+def pairs(
+  values: np.ndarray, groups: np.ndarray, margin: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+  """Steps (better [M], worse [M]) of one group whose values [N] differ by more than `margin`."""
+  values, found = np.asarray(values, np.float64), [np.zeros((2, 0), np.int64)]
+  for members in _members(groups):
+    own = values[members]
+    found.append(members[np.stack(np.nonzero(own[:, None] - own[None, :] > margin))])
+  better, worse = np.concatenate(found, axis=1)
+  return better, worse
+
+
 def _matched(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   scores, labels = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
   if scores.shape != labels.shape or scores.ndim != 1 or not scores.size:
@@ -121,17 +133,12 @@ def _matched(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def _order(scores: np.ndarray, values: np.ndarray, groups: np.ndarray, margin: float) -> float:
   scores, values = _matched(scores, values)
-  groups, wins, pairs = np.asarray(groups), 0.0, 0
-  for members in _members(groups):
-    s, v = scores[members], values[members]
-    better = v[:, None] - v[None, :] > margin  # [n, n], each unordered pair at most once
-    above = (s[:, None] > s[None, :]) + 0.5 * (s[:, None] == s[None, :])
-    wins, pairs = wins + float(above[better].sum()), pairs + int(better.sum())
-  return wins / pairs if pairs else float('nan')
+  better, worse = (scores[steps] for steps in pairs(values, groups, margin))
+  return float(np.mean((better > worse) + 0.5 * (better == worse))) if len(better) else float('nan')
 
 
 def _members(groups: np.ndarray) -> list[np.ndarray]:
   """Row numbers of each group."""
-  _, place = np.unique(groups, return_inverse=True)
+  _, place = np.unique(np.asarray(groups), return_inverse=True)
   order = np.argsort(place, kind='stable')
   return np.split(order, np.flatnonzero(np.diff(place[order])) + 1)

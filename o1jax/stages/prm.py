@@ -32,6 +32,7 @@ from o1jax.types import Problem, Trajectory
 PAIRS_A_ROW = 2  # sibling pairs kept of one batch: so many divide over a mesh as its rows do
 SAMPLES = 32  # roll-outs of a held-out problem
 DEV_PROBLEMS = 60  # whose trees a stage's closing line judges the PRM on
+_ORDERS = ('sibling_auc', 'pair_accuracy', 'auc')
 
 
 def batch_shape(run: Run) -> StepBatchShape:
@@ -217,51 +218,28 @@ def sibling_metrics(
   scores: dict[tuple[str, tuple], float] = {}
   for (problem_id, path), values in zip(where, scored, strict=True):
     scores |= {(problem_id, path[:j]): v for j, v in enumerate(values, start=1)}
-  margin = run.config.prm.pair_margin
-  wins = {'auc': [0.0, 0.0], 'pair': [0.0, 0.0]}
-  totals = {'auc': 0, 'pair': 0}
-  for problem_id, tree in trees.items():
-    for group in tree.sibling_groups():
-      for i, a in enumerate(group):
-        for b in group[i + 1 :]:
-          _count(problem_id, tree, a, b, scores, logprobs, margin, wins, totals)
-  return {
-    'sibling_auc': wins['auc'][0] / max(totals['auc'], 1),
-    'pair_accuracy': wins['pair'][0] / max(totals['pair'], 1),
-    'logprob_sibling_auc': wins['auc'][1] / max(totals['auc'], 1),
-    'logprob_pair_accuracy': wins['pair'][1] / max(totals['pair'], 1),
-    'pairs': totals['pair'],
-  } | _said_and_seen(scores, trees, logprobs)
-
-
-def _said_and_seen(scores, trees: dict[str, PrefixTree], logprobs) -> dict[str, Any]:
-  """What the scores say of each step beside the mean return that was seen."""
+  if not scores:
+    return {'pairs': 0} | {prefix + name: 0.0 for prefix in ('', 'logprob_') for name in _ORDERS}
+  numbers: dict[tuple[str, tuple], int] = {}
+  parents = [numbers.setdefault((i, prefix[:-1]), len(numbers)) for i, prefix in scores]
+  seen = np.array([trees[i].nodes[prefix].value for i, prefix in scores])
   said = np.array(list(scores.values()))
-  seen = np.array([trees[problem_id].nodes[prefix].value for problem_id, prefix in scores])
-  if not len(said):
-    return {}
-  curve = prm_metrics.calibration(said, seen)
   sampled = np.array([logprobs[key] for key in scores])
-  order = [float(np.nan_to_num(prm_metrics.auc(x, seen > 0))) for x in (said, sampled)]
-  return {
-    'auc': order[0],
-    'logprob_auc': order[1],
+  margin = run.config.prm.pair_margin
+  found: dict[str, Any] = {'pairs': len(prm_metrics.pairs(seen, parents, margin)[0])}
+  for prefix, judged in (('', said), ('logprob_', sampled)):
+    orders = (
+      prm_metrics.within_group_auc(judged, seen > 0, parents),
+      prm_metrics.pair_accuracy(judged, seen, parents, margin),
+      prm_metrics.auc(judged, seen > 0),
+    )
+    named = zip(_ORDERS, np.nan_to_num(orders).tolist(), strict=True)
+    found |= {prefix + name: value for name, value in named}
+  curve = prm_metrics.calibration(said, seen)
+  return found | {
     'log_loss': prm_metrics.log_loss(said, seen),
     'accuracy': prm_metrics.accuracy(said, seen),
     'calibration_error': curve.error,
     'calibration_counts': curve.counts.tolist(),
     'calibration_curve': np.nan_to_num(np.stack([curve.predicted, curve.observed])).tolist(),
   }
-
-
-def _count(problem_id, tree, a, b, scores, logprobs, margin, wins, totals) -> None:
-  """Adds one sibling pair to the counts it belongs to."""
-  gap = tree.nodes[a].value - tree.nodes[b].value
-  good, bad = (a, b) if gap > 0 else (b, a)
-  better, worse = tree.nodes[good].value, tree.nodes[bad].value
-  kinds = (['auc'] if better > 0 and worse == 0 else []) + (['pair'] if abs(gap) > margin else [])
-  for kind in kinds:
-    totals[kind] += 1
-    for column, table in enumerate((scores, logprobs)):
-      x, y = table[problem_id, good], table[problem_id, bad]
-      wins[kind][column] += 1.0 if x > y else 0.5 if x == y else 0.0
