@@ -48,14 +48,18 @@ class Found:
   paths: list[list[Tokens]]
   logprobs: list[list[float]]  # under the policy
   generated: int  # tokens drawn for all of them
-  scores: list[list[float]] = dataclasses.field(default_factory=list)  # of the PRM, `Case.score`
+  steps: list[list[list[float]]] = dataclasses.field(default_factory=list)  # see `Case.score`
 
   def first(self, count: int) -> Found:
     """With the first `count` paths of each problem; the tokens are theirs."""
     paths = [each[:count] for each in self.paths]
     generated = sum(len(path) for each in paths for path in each)
     cut = lambda rows: [each[:count] for each in rows]  # noqa: E731
-    return Found(paths, cut(self.logprobs), generated, cut(self.scores))
+    return Found(paths, cut(self.logprobs), generated, cut(self.steps))
+
+  def judged(self, over: Callable = min) -> list[list[float]]:
+    """One number a path, of the PRM's probabilities of its steps: that of the worst."""
+    return [[over(steps) for steps in each] for each in self.steps]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +110,20 @@ class Case:
     starts = [0, *ends[:-1]]
     return (problem, *(tokens[a:b] for a, b in zip(starts, ends, strict=True) if b > a))
 
-  def score(self, found: Found, scorer: TreeScorer, over: Callable = min) -> None:
-    """Fills in the scores: the least of the PRM's probabilities of a path's steps."""
-    whole = [[self.split(p, path) for path in each] for p, each in enumerate(found.paths)]
-    prefixes = [path[:n] for each in whole for path in each for n in range(2, len(path) + 1)]
-    distinct = list(dict.fromkeys(prefixes))
+  def score(self, found: Found, scorer: TreeScorer) -> None:
+    """Fills in the PRM's probabilities of the steps of every path."""
+    count = [len(each) for each in found.paths]
+    jobs = [(p, path) for p, each in enumerate(found.paths) for path in each]
+    told = iter(self.steps_of(jobs, scorer))
+    found.steps = [[next(told) for _ in range(n)] for n in count]
+
+  def steps_of(self, jobs: Sequence[tuple[int, Tokens]], scorer: TreeScorer) -> list[list[float]]:
+    """The PRM's probabilities of the steps of paths of problems, by number."""
+    whole = [self.split(*job) for job in jobs]
+    prefixes = [[path[:n] for n in range(2, len(path) + 1)] for path in whole]
+    distinct = list(dict.fromkeys(prefix for each in prefixes for prefix in each))
     known = dict(zip(distinct, scorer(distinct).tolist(), strict=True))
-    found.scores = [
-      [over([known[path[:n]] for n in range(2, len(path) + 1)]) for path in each] for each in whole
-    ]
+    return [[known[prefix] for prefix in each] for each in prefixes]
 
   def program(self, path: Tokens) -> str | None:
     """The program that a path ends in."""
@@ -157,10 +166,12 @@ class Descents:
   children: int
   descents: int = 1
   temperature: float = 0.0  # of the choice
+  prior: float = 0.0  # weight of the policy's log-prob in it
 
   def __call__(self, case: Case, scorer: TreeScorer) -> Found:
     del scorer  # a descent reads for itself
-    rule = guided(case.run, self.children, pick_temperature=self.temperature)
+    told = {'pick_temperature': self.temperature, 'prior': self.prior}
+    rule = guided(case.run, self.children, **told)
     count = self.descents
     prompts = [p for p in case.prompts for _ in range(count)]
     attempts = np.tile(np.arange(count, dtype=np.uint32), len(case.problems))
@@ -175,7 +186,7 @@ class Descents:
 
 @dataclasses.dataclass(frozen=True)
 class Trees:
-  """Tree search; what a roll-out is worth is what the PRM says, or `judge`."""
+  """Tree search; a whole path is worth what the PRM says of its worst step, or `judge`."""
 
   rule: search.Rule
   width: int
@@ -200,7 +211,7 @@ class Trees:
     )
     if judge is None:  # the scorer is the judge too, and must not be asked by two threads at once
       grow = dataclasses.replace(grow, overlap=False)
-    judge = judge or (lambda jobs: scorer([case.split(*job) for job in jobs]))
+    judge = judge or (lambda jobs: [min(steps) for steps in case.steps_of(jobs, scorer)])
     draws = {'seed': case.seed + 2, 'ids': name_ids(case.problems)}
     forest = grow(case.policy.params, case.prompts, judge, score=scorer, **draws)
     paths: list[list[Tokens]] = [[] for _ in case.problems]
@@ -222,7 +233,7 @@ def _finished(case: Case, forest: Forest, paths: list[list[Tokens]]) -> Found:
     generated += drawn.generated
     for row, (p, path) in enumerate(zip(open_, begun, strict=True)):
       paths[p].append((*path, *drawn.ids(row)))
-  return Found([list(dict.fromkeys(each)) for each in paths], [], generated)
+  return Found(paths, [], generated)
 
 
 def _best_leaf(tree: search.SearchTree, problem: int) -> int:

@@ -1,7 +1,7 @@
 """What search is worth beside sampling, at equal generated tokens; last line one JSON object.
 
     python benchmarks/search_value.py RUN [RUN ...] [--out DIR] [--problems 200] [--tune]
-        [--policies NAME ...]
+        [--policies NAME ...] [--ways NAME ...]
 
 RUN are folders of finished runs (`python -m o1jax.train --config configs/quickstart.yaml`), one a
 seed; they are only read. The base and the SFT policy of round 0 are searched with round 0's PRM,
@@ -17,8 +17,9 @@ executed: problems solved by guided descents and by UCT on outcome, each beside 
 many tokens.
 
 Outcomes are kept in `--out`, a file for each run, and not measured again. `--policies` leaves out
-those that are not named, as the tables name them ('base', 'round0/sft', ...). `--tune` tries
-settings on the dev split instead and prints what each solves.
+those that are not named, as the tables name them ('base', 'round0/sft', ...), and `--ways` the
+ways that are not; `--problems` are the first of the test split, whatever the run's own report had.
+`--tune` tries settings on the dev split instead and prints what each solves.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -53,7 +54,9 @@ from o1jax.stages.setup import opened
 BUDGETS = (100, 200, 400)  # generated tokens a problem; a greedy path takes some 35
 RESAMPLES = 2000
 BASELINES = ('greedy', 'majority', 'logprob')
-WITH_PRM = ('prm', 'prm_vote')  # samples, of which the PRM chooses: the best, or by weighted vote
+# Samples of which the PRM chooses: the best, or by votes that its view of the worst step or of all
+# steps weighs.
+WITH_PRM = ('prm', 'prm_vote', 'prm_product')
 Way = Descents | Trees
 
 # Chosen on dev, see docs/benchmarks.md: children of a node and simulations.
@@ -63,7 +66,13 @@ RULES: dict[str, dict[int, Way]] = {
   'puct': {b: Trees(search.puct, *n, mix=1.0, c=0.1) for b, n in TREES.items()},
   'uct': {b: Trees(search.uct, *n, mix=1.0, c=0.1) for b, n in TREES.items()},
   'gumbel': {b: Trees(search.gumbel_interior, *n, mix=1.0) for b, n in TREES.items()},
+  'guided, prior': {100: Descents(4, prior=0.5), 200: Descents(10, prior=0.5)}
+  | {400: Descents(20, prior=0.5)},
+  'UCT, voted': {
+    b: Trees(search.uct, 2, n, mix=0.0, c=0.3) for b, n in ((100, 2), (200, 4), (400, 8))
+  },
 }
+VOTED = ('UCT, voted',)  # rolled out to the end; the paths found answer by vote
 # Solved training problems: as the loop's synthesis searches.
 SYNTHESIS: dict[str, Way] = {
   'guided, 1 descent': Descents(6, 1, temperature=0.5),
@@ -95,7 +104,10 @@ def chosen(case: Case, found: Found, values: Sequence[Sequence[float]]) -> list[
 
 
 def voted(case: Case, found: Found, weights: Sequence[Sequence[float]], ties) -> list[Tokens]:
-  """The best path, by `ties`, among those of the behaviour that has most weight."""
+  """The best path, by `ties`, among those of the behaviour that has most weight.
+
+  A path that was found several times has as many votes.
+  """
   answers = []
   for problem, paths, weight, tie in zip(case.problems, found.paths, weights, ties, strict=True):
     behaviours = case.behaviours(problem, paths)
@@ -108,18 +120,30 @@ def voted(case: Case, found: Found, weights: Sequence[Sequence[float]], ties) ->
   return answers
 
 
+def answered(case: Case, found: Found, how: str) -> np.ndarray:
+  """Outcomes [P] of the answer that one way to choose among the paths gives."""
+  worst = found.judged()
+  if how == 'prm':
+    answers = chosen(case, found, worst)
+  elif how == 'prm_vote':
+    answers = voted(case, found, worst, worst)
+  elif how == 'prm_product':
+    answers = voted(case, found, found.judged(math.prod), worst)
+  elif how == 'logprob':
+    answers = chosen(case, found, found.logprobs)
+  else:  # majority
+    ones = [[1.0] * len(paths) for paths in found.paths]
+    answers = voted(case, found, ones, found.logprobs)
+  return case.accepted(answers)
+
+
 def picks(case: Case, found: Found) -> dict[str, np.ndarray]:
   """Outcomes [P] of every way to choose among the paths."""
-  ones = [[1.0] * len(paths) for paths in found.paths]
-  answers = {'prm': chosen(case, found, found.scores)}
-  answers['prm_vote'] = voted(case, found, found.scores, found.scores)
-  if found.logprobs:
-    answers['majority'] = voted(case, found, ones, found.logprobs)
-    answers['logprob'] = chosen(case, found, found.logprobs)
-  return {name: case.accepted(each) for name, each in answers.items()}
+  ways = (*WITH_PRM, 'majority', 'logprob') if found.logprobs else WITH_PRM
+  return {how: answered(case, found, how) for how in ways}
 
 
-def measure(case: Case, rules: dict[str, dict[int, Way]]) -> dict[str, Any]:
+def measure(case: Case, rules: Mapping[str, dict[int, Way]]) -> dict[str, Any]:
   """For each budget: tokens a problem and outcomes of the rules and baselines."""
   count, scorer = len(case.problems), case.scorer()
   greedy = case.sample(1, GREEDY)
@@ -130,7 +154,8 @@ def measure(case: Case, rules: dict[str, dict[int, Way]]) -> dict[str, Any]:
     for name, ways in rules.items():
       found = ways[budget](case, scorer)
       case.score(found, scorer)
-      rows[name] = row(case, found, case.accepted(chosen(case, found, found.scores)))
+      how = 'prm_product' if name in VOTED else 'prm'
+      rows[name] = row(case, found, answered(case, found, how))
     most = max(r['tokens'] for r in rows.values())
     result[str(budget)] = rows, math.ceil(most / each)
   samples = case.sample(max(n for _, n in result.values()))
@@ -172,11 +197,16 @@ def synthesis(case: Case) -> dict[str, Any]:
 
 
 def one_run(
-  folder: pathlib.Path, problems: int, zygote: Zygote, out: pathlib.Path, wanted: Sequence[str]
+  folder: pathlib.Path,
+  problems: int,
+  zygote: Zygote,
+  out: pathlib.Path,
+  wanted: Sequence[str],
+  rules: Mapping[str, dict[int, Way]],
 ) -> None:
   """Adds to the file `out` what it lacks of the figures of a finished run."""
   found = files.read_json(out) or {'test': {}, 'train': {}}
-  with reopened(folder) as run:
+  with reopened(folder, problems) as run:
     for split, there in found.items():
       for name, policy in policies(run, folder).items():
         unwanted = wanted and name not in wanted
@@ -184,7 +214,7 @@ def one_run(
           continue
         start = time.perf_counter()
         if split == 'test':
-          there[name] = measure(Case(run, policy(), run.test[:problems], zygote), RULES)
+          there[name] = measure(Case(run, policy(), run.test[:problems], zygote), rules)
         else:
           there[name] = synthesis(Case(run, policy(), run.new_problems(1)[:problems], zygote))
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -194,17 +224,21 @@ def one_run(
 
 
 @contextlib.contextmanager
-def reopened(folder: pathlib.Path) -> Iterator[Run]:
-  """The problems, base model and sandbox of a run, with another folder to write to."""
+def reopened(folder: pathlib.Path, problems: int) -> Iterator[Run]:
+  """The problems, base model and sandbox of a run, with another folder to write to.
+
+  It holds out as many problems as are asked for; the first are those that the run held out.
+  """
   with tempfile.TemporaryDirectory() as scratch:
-    overrides = [f'run.dir={scratch}/run', 'metrics.tensorboard=false']
+    held_out = [f'data.{split}_problems={problems}' for split in ('dev', 'test')]
+    overrides = [f'run.dir={scratch}/run', 'metrics.tensorboard=false', *held_out]
     with opened(config_lib.load(folder / 'config.yaml', overrides), ()) as run:
       yield run
 
 
 def tune(folder: pathlib.Path, problems: int, zygote: Zygote, wanted: Sequence[str]) -> None:
   """What settings solve on dev, by policy, and which way to choose is best for each."""
-  with reopened(folder) as run:
+  with reopened(folder, problems) as run:
     for policy, made in policies(run, folder).items():
       if wanted and policy not in wanted:
         continue
@@ -230,17 +264,19 @@ def tune(folder: pathlib.Path, problems: int, zygote: Zygote, wanted: Sequence[s
       )
 
 
-PICKS = ('prm', 'prm_vote', 'majority', 'logprob')
+PICKS = (*WITH_PRM, 'majority', 'logprob')
 FUNCTIONS = {'puct': search.puct, 'uct': search.uct, 'gumbel': search.gumbel_interior}
 GRID: dict[str, Way] = {
   f'guided K={k} x {n}, temperature {t}': Descents(k, n, t)
   for k, n, t in ((4, 1, 0.0), (10, 1, 0.0), (20, 1, 0.0), (5, 2, 0.5), (3, 4, 0.5))
-} | {
+}
+GRID |= {f'guided K=10 x 1, prior {w}': Descents(10, prior=w) for w in (0.25, 0.5, 1.0)}
+GRID |= {
   f'{name} K={k} x {n}, mix {mix}, c {c}': Trees(rule, k, n, mix, c)
   for name, rule in FUNCTIONS.items()
   for k, n, mix, c in (
     *((k, n, 1.0, 0.1) for k, n in ((4, 7), (4, 11), (8, 6), (16, 6), (8, 12))),
-    *((4, 7, 1.0, 1.0), (3, 2, 0.5, 0.1), (3, 2, 0.0, 0.1)),
+    *((4, 7, 1.0, 1.0), (3, 2, 0.5, 0.1), (3, 2, 0.0, 0.1), (2, 4, 0.0, 0.3)),
   )
 }
 
@@ -252,20 +288,21 @@ def _mean(outcomes: np.ndarray | None) -> float | str:
 def compare(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """Means over the runs of every way, and what each rule is over the best of the others.
 
-  `over` are the best baseline, and the best of samples from which the PRM chooses: difference and
-  its 95 % interval, paired by problem.
+  `over` are the best baseline, and for the rules the best of samples from which the PRM chooses:
+  difference and its 95 % interval, paired by problem.
   """
   found: dict[str, Any] = {}
   for policy, budgets in runs[0]['test'].items():
     for budget in budgets:
       same = [run['test'][policy][budget] for run in runs]
       mean = {name: np.mean([r[name]['outcomes'] for r in same], axis=0) for name in same[0]}
-      rivals = [max(names, key=lambda n: mean[n].mean()) for names in (BASELINES, WITH_PRM)]
+      best = [max(names, key=lambda n: mean[n].mean()) for names in (BASELINES, WITH_PRM)]
       rows = {}
       for name, outcomes in mean.items():
         tokens = float(np.mean([r[name]['tokens'] for r in same]))
         rows[name] = {'tokens': round(tokens), 'solved': round(float(outcomes.mean()), 4)}
-        if name in RULES:
+        rivals = best if name in RULES else best[:1] if name in WITH_PRM else ()
+        if rivals:
           leads = {rival: outcomes - mean[rival] for rival in rivals}
           rows[name]['over'] = {
             n: [round(float(v.mean()), 4), *interval(v, RESAMPLES)] for n, v in leads.items()
@@ -295,16 +332,17 @@ def compare_synthesis(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def show(test: dict[str, Any], train: dict[str, Any]) -> None:
   """Both as Markdown."""
-  names = (*BASELINES, *WITH_PRM, 'any sample', *RULES)
+  known = {name for budgets in test.values() for ways in budgets.values() for name in ways}
+  names = [n for n in (*BASELINES, *WITH_PRM, 'any sample', *RULES) if n in known]
   solved_rows, lead_rows = [], []
   for policy, budgets in test.items():
     for budget, ways in budgets.items():
       cells = [f'{short(ways[n]["solved"])} ({ways[n]["tokens"]})' for n in names]
       solved_rows.append((policy, budget, *cells))
-      for name in RULES:
+      for name in (n for n in names if 'over' in ways[n]):
         over = ways[name]['over'].items()
         leads = [f'{mean:+.3f} [{low:+.3f}, {high:+.3f}] {n}' for n, (mean, low, high) in over]
-        lead_rows.append((policy, budget, name, *leads))
+        lead_rows.append((policy, budget, name, *leads, *[''] * (2 - len(leads))))
   table('Test problems solved (tokens a problem)', ('policy', 'budget', *names), solved_rows)
   head = ('policy', 'budget', 'rule', 'over the best baseline', 'over samples with the PRM')
   table('Search over the best of the others, 95 %', head, lead_rows)
@@ -327,8 +365,10 @@ def main() -> None:
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/search_value'))
   parser.add_argument('--problems', type=int, default=200)
   parser.add_argument('--policies', nargs='+', default=[], metavar='NAME')
+  parser.add_argument('--ways', nargs='+', default=[*RULES], choices=RULES, metavar='NAME')
   parser.add_argument('--tune', action='store_true')
   options = parser.parse_args()
+  rules = {name: RULES[name] for name in options.ways}
   zygote, _ = strongest()
   with contextlib.closing(zygote):
     if options.tune:
@@ -337,7 +377,7 @@ def main() -> None:
     found = []
     for folder in options.runs:
       file = options.out / f'{folder.resolve().name}.json'
-      one_run(folder, options.problems, zygote, file, options.policies)
+      one_run(folder, options.problems, zygote, file, options.policies, rules)
       found.append(files.read_json(file))
   test, train = compare(found), compare_synthesis(found)
   show(test, train)

@@ -268,6 +268,20 @@ def test_guided_descent_is_independent_of_its_batch(params, guided):
   assert len({d.tokens for d in several}) > 1
 
 
+def test_a_prior_weighs_the_log_probability_beside_the_score(params, guided):
+  def choices(prior):
+    rule = dataclasses.replace(guided, prior=prior)
+    return [c for d in rule(params, Oracle(), PROMPTS).descents for c in d.choices]
+
+  alone, both, most = ({c.children: c.chosen for c in choices(w)} for w in (0.0, 2.0, 1e6))
+  for prior, picked in ((2.0, both), (1e6, most)):
+    for children, chosen in picked.items():
+      value = [-np.inf if c.cut else c.score + prior * c.logprob for c in children]
+      assert chosen == np.argmax(value)
+  common = alone.keys() & most.keys()  # the nodes that both came to
+  assert any(alone[node] != most[node] for node in common)
+
+
 def test_prm_scores_are_those_of_the_whole_row(model, params, guided):
   head = StepHead.init(model.config)
   key = jax.random.key(5)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from o1jax.config.base import Count, Natural, Positive, Relation, Section
+from o1jax.config.base import Count, Natural, NonNegative, Positive, Relation, Section
 from o1jax.config.training import (
   LoraConfig,
   PolicySftConfig,
@@ -134,6 +134,7 @@ class EvalConfig(Section):
   temperature: Positive = 1.0
   rows: Count = 256  # decoded at once
   search_children: Count = 6  # steps the PRM chooses from
+  search_prior: NonNegative = 0.0  # weight of a step's log-prob beside the PRM's log-odds there
   bootstrap: Count = 1000  # resamples of an interval
   sampling_control: bool = True  # synthesis beside plain sampling at equal tokens
   test_time: bool = True  # majority, best-of-n and search with the PRM

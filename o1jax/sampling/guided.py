@@ -107,7 +107,8 @@ class Guided:
   `greedy_program` the terminal step is written greedily, one candidate, as soon
   as it is the likeliest thing to come. `pick_temperature` above 0 picks a child
   with probability softmax(score / pick_temperature) instead of the best, so that
-  several descents of one problem (with different ids) differ.
+  several descents of one problem (with different ids) differ. `prior` is the weight of a
+  step's log-prob beside its score in that choice: for a policy that has outgrown its scorer.
   """
 
   model: Model
@@ -120,6 +121,7 @@ class Guided:
   greedy_program: bool = True
   score_program: bool = True
   pick_temperature: float = 0.0
+  prior: float = 0.0
   rows: int = 512
 
   def __post_init__(self):
@@ -260,7 +262,8 @@ class _Batch:
       children[:] = [dataclasses.replace(c, score=float(next(scores))) for c in children]
 
   def _pick(self, children: list[Child], problem: int, depth: int) -> int:
-    scores = np.array([-np.inf if c.cut else c.score for c in children])
+    prior = self.rule.prior
+    scores = np.array([-np.inf if c.cut else c.score + prior * c.logprob for c in children])
     temperature = self.rule.pick_temperature
     if not temperature or np.isneginf(scores).all():
       return int(np.argmax(scores))

@@ -119,7 +119,7 @@ def search_row(run: Run, candidate: Candidate, prm: Any) -> dict[str, Any]:
   def body() -> dict[str, Any]:
     problems, config = run.test, run.config.eval
     prompts = [run.encoder.prompt(p) for p in problems]
-    rule = guided(run, config.search_children)
+    rule = guided(run, config.search_children, prior=config.search_prior)
     with run.sampling(candidate.params, prm) as (policy, judge):
       scorer = PrmScorer(run.model, judge, score_rows(run.config.search))
       found = rule(policy, scorer, prompts, seed=SEED + 2, ids=name_ids(problems))

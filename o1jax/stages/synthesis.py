@@ -264,7 +264,7 @@ def score_rows(config: SearchConfig) -> int:
   return min(PrmScorer.rows, config.rows)
 
 
-def guided(run: Run, children: int, pick_temperature: float = 0.0) -> Guided:
+def guided(run: Run, children: int, *, pick_temperature: float = 0.0, prior: float = 0.0) -> Guided:
   """Guided descent under the run's limits."""
   return Guided(
     run.model,
@@ -275,6 +275,7 @@ def guided(run: Run, children: int, pick_temperature: float = 0.0) -> Guided:
     max_program=run.config.data.max_path_tokens,
     max_depth=run.config.search.depth_limit,
     pick_temperature=pick_temperature,
+    prior=prior,
     score_program=False,
     rows=run.config.search.rows,
   )
