@@ -58,7 +58,7 @@ class Found:
     return Found(paths, cut(self.logprobs), generated, cut(self.steps))
 
   def judged(self, over: Callable = min) -> list[list[float]]:
-    """One number a path, of the PRM's probabilities of its steps: that of the worst."""
+    """One number a path, `over` the PRM's probabilities of its steps."""
     return [[over(steps) for steps in each] for each in self.steps]
 
 

@@ -59,15 +59,15 @@ BASELINES = ('greedy', 'majority', 'logprob')
 WITH_PRM = ('prm', 'prm_vote', 'prm_product')
 Way = Descents | Trees
 
-# Chosen on dev, see docs/benchmarks.md: children of a node and simulations.
+# Chosen on dev, see docs/benchmarks.md: children of a descent's step; of a node, and simulations.
+WIDTHS = {100: 4, 200: 10, 400: 20}
 TREES = {100: (4, 5), 200: (8, 5), 400: (16, 5)}
 RULES: dict[str, dict[int, Way]] = {
-  'guided': {100: Descents(4), 200: Descents(10), 400: Descents(20)},
+  'guided': {b: Descents(k) for b, k in WIDTHS.items()},
   'puct': {b: Trees(search.puct, *n, mix=1.0, c=0.1) for b, n in TREES.items()},
   'uct': {b: Trees(search.uct, *n, mix=1.0, c=0.1) for b, n in TREES.items()},
   'gumbel': {b: Trees(search.gumbel_interior, *n, mix=1.0) for b, n in TREES.items()},
-  'guided, prior': {100: Descents(4, prior=0.5), 200: Descents(10, prior=0.5)}
-  | {400: Descents(20, prior=0.5)},
+  'guided, prior': {b: Descents(k, prior=0.5) for b, k in WIDTHS.items()},
   'UCT, voted': {
     b: Trees(search.uct, 2, n, mix=0.0, c=0.3) for b, n in ((100, 2), (200, 4), (400, 8))
   },
