@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from o1jax.batch import StepBatch
 from o1jax.learn import microbatch
 from o1jax.learn.state import TrainState, state_shardings
+from o1jax.parallel.sharding import ambient_ways, sum_over_data
 
 Metrics = dict[str, jax.Array]
 LossFn = Callable[..., tuple[jax.Array, jax.Array, dict[str, tuple[jax.Array, jax.Array]]]]
@@ -150,6 +152,17 @@ def _accumulated(
   """`_sums` of the whole batch, computed one microbatch at a time."""
   if parts == 1:
     return _sums(loss_fn, params, batch, consts)
+  rows = [len(x) for x in jax.tree.leaves(batch)]
+  # The rows of a `StepBatch` are compared with one another, whoever has them.
+  if isinstance(batch, StepBatch) or any(n % (ambient_ways() * parts) for n in rows):
+    return _in_turn(loss_fn, params, batch, consts, parts)
+  own = lambda batch, params, consts: _in_turn(loss_fn, params, batch, consts, parts)  # noqa: E731
+  return sum_over_data(own, batch, params, consts)
+
+
+def _in_turn(
+  loss_fn: LossFn, params: Any, batch: Any, consts: tuple[Any, ...], parts: int
+) -> Any:
   batches = microbatch.split(batch, parts)
   first = jax.tree.map(lambda x: x[0], batches)
   shapes = jax.eval_shape(lambda b: _sums(loss_fn, params, b, consts), first)

@@ -174,16 +174,56 @@ def shard_own(tree: Any, mesh: Mesh, batch: int) -> Any:
   return jax.tree.map(put, tree)
 
 
+def _ambient() -> dict[str, int]:
+  """Sizes of the ambient mesh's axes (`jax.set_mesh`) that are left to split over.
+
+  Within `sum_over_data` a device has only its own rows, and `data` is no axis of theirs.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
+
+
+def _left(name: str | None) -> tuple[str, ...] | None:
+  """The ambient mesh's axes that a logical axis goes over; None for none."""
+  axes = RULES[name] if name is not None else None
+  axes = (axes,) if isinstance(axes, str) else axes or ()
+  return tuple(axis for axis in axes if axis in _ambient()) or None
+
+
 def ambient_ways() -> int:
   """Over how many parts of the ambient mesh (`jax.set_mesh`) rows are spread; 1 without one."""
-  shape = jax.sharding.get_abstract_mesh().shape
+  shape = _ambient()
   return shape.get('data', 1) * shape.get('fsdp', 1)
 
 
 def token_ways(tokens: int) -> int:
   """Over how many parts of the ambient mesh the tokens of such rows are spread: 1 or `sequence`."""
-  ways = jax.sharding.get_abstract_mesh().shape.get('sequence', 1)
+  ways = _ambient().get('sequence', 1)
   return ways if tokens % ways == 0 else 1
+
+
+def sum_over_data(function: Callable[..., Any], batch: Any, *whole: Any) -> Any:
+  """Within jit: `function(batch, *whole)` on each device's rows, summed over `data` at its end.
+
+  For sums that a loop adds up: left to itself the compiler adds those of all devices in every turn.
+  It does so still where the mesh has other axes too: XLA does not split a model over these within
+  a part of the program that is split over `data` by hand (its check of gathers ends the process).
+
+  Args:
+    function: returns a pytree of sums over the rows of `batch`.
+    batch: pytree of arrays with rows first, which divide over `data` and `fsdp`.
+    whole: pytrees that are the same for all rows.
+  """
+  sizes = _ambient()
+  if sizes.get('data', 1) != math.prod(sizes.values()) or not sizes:
+    return function(batch, *whole)
+
+  def local(batch, *whole):
+    return jax.lax.psum(function(batch, *whole), 'data')
+
+  specs = (PartitionSpec('data'), *[PartitionSpec()] * len(whole))
+  mapped = jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+  return mapped(batch, *whole)
 
 
 def spread(tree: Any) -> Any:
@@ -201,11 +241,11 @@ def constrain(tree: Any, names: tuple[str | None, ...]) -> Any:
   An axis that does not divide stays whole. Without an ambient mesh nothing is asked for.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
+  if not _ambient():
     return tree
 
   def pin(x):
-    axes = [None if name is None else RULES[name] for name in names]
+    axes = [_left(name) for name in names]
     ways = [_ways(mesh, axis) for axis in axes]
     sizes = x.shape[: len(axes)]
     fits = [a if size % n == 0 else None for a, n, size in zip(axes, ways, sizes, strict=True)]
@@ -235,7 +275,8 @@ def on_own_rows(
   """
   mesh, split, parts = jax.sharding.get_abstract_mesh(), (), []
   if ambient_ways() > 1 and not any(len(x) % ambient_ways() for x in rows):
-    split, parts = RULES['batch'], [RULES['batch']]
+    split = _left('batch')
+    parts = [split]
   if by_tokens and token_ways(rows[0].shape[1]) > 1:
     split, parts = (*split, RULES['tokens']), [split or None, RULES['tokens']]
   if not split:
@@ -304,10 +345,10 @@ def on_own_parts(
       divides; otherwise, and without an ambient mesh, that axis is whole on every device.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if math.prod(_ambient().values()) == 1:
     return function(*arrays)
   sizes = [
-    (RULES[name], size)
+    (_left(name), size)
     for array, axes in zip(arrays, names, strict=True)
     for name, size in zip(axes, array.shape, strict=False)
     if name is not None
@@ -315,11 +356,12 @@ def on_own_parts(
   whole = {axis for axis, size in sizes if size % _ways(mesh, axis)}
 
   def spec(axes):
-    rules = [None if name is None else RULES[name] for name in axes]
+    rules = [_left(name) for name in axes]
     return PartitionSpec(*[None if rule in whole else rule for rule in rules])
 
+  specs = tuple(spec(axes) for axes in names)
   mapped = jax.shard_map(
-    function, in_specs=tuple(spec(axes) for axes in names), out_specs=spec(out), check_vma=False
+    function, in_specs=specs, out_specs=spec(out), axis_names=set(_ambient()), check_vma=False
   )
   return mapped(*arrays)
 
