@@ -32,8 +32,9 @@ from o1jax.learn.optim import make_optimizer
 from o1jax.learn.state import init_state
 from o1jax.learn.update import make_update
 from o1jax.models import Model, ModelConfig, hf
+from o1jax.parallel.ambient import spread
 from o1jax.parallel.mesh import make_mesh, start_cpu_devices
-from o1jax.parallel.sharding import param_shardings, shard, spread
+from o1jax.parallel.sharding import param_shardings, shard
 from o1jax.sampling.cache import prefill
 from o1jax.sampling.decode import decode
 from o1jax.sampling.draw import GREEDY

@@ -40,8 +40,9 @@ from o1jax.learn import objectives, optim
 from o1jax.learn.state import init_state
 from o1jax.learn.update import make_update
 from o1jax.models import Model, ScalarHead, StepHead, hf
+from o1jax.parallel.ambient import spread
 from o1jax.parallel.mesh import make_mesh, start_cpu_devices
-from o1jax.parallel.sharding import param_shardings, shard, spread
+from o1jax.parallel.sharding import param_shardings, shard
 
 STEPS = 4  # reasoning steps of a row
 LR, BETA, PAUSE_S = 1e-4, 0.1, 0.3

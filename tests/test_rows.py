@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from o1jax.parallel import make_mesh
-from o1jax.parallel.sharding import spread
+from o1jax.parallel.ambient import spread
 from o1jax.sampling.rows import NONE, evenly_full, parts_of, side_by_side, take_rows
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from o1jax.batch import TokenBatch
 from o1jax.losses import ppo
 from o1jax.models.transformer import Model
-from o1jax.parallel.sharding import ambient_ways, constrain, on_own_rows, token_ways
+from o1jax.parallel.ambient import ambient_ways, constrain, on_own_rows, token_ways
 
 # When the caller does not say: logits alive at once on a device (64 MiB of float32), and into how
 # many pieces that may cut a row.

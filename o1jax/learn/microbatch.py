@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from o1jax.batch import PairBatch, RolloutBatch, StepBatch, TokenBatch
+from o1jax.parallel.ambient import ambient_ways
 from o1jax.parallel.platform import platform
-from o1jax.parallel.sharding import ambient_ways
 
 # Measured on 2 CPU cores, where a step of a small model waits for memory as long as for products:
 # of so many tokens at a time on a device, what layers keep stays in caches.

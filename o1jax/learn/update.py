@@ -20,7 +20,7 @@ import optax
 from o1jax.batch import StepBatch
 from o1jax.learn import microbatch
 from o1jax.learn.state import TrainState, state_shardings
-from o1jax.parallel.sharding import ambient_ways, sum_over_data
+from o1jax.parallel.ambient import ambient_ways, sum_over_data
 
 Metrics = dict[str, jax.Array]
 LossFn = Callable[..., tuple[jax.Array, jax.Array, dict[str, tuple[jax.Array, jax.Array]]]]
@@ -160,9 +160,7 @@ def _accumulated(
   return sum_over_data(own, batch, params, consts)
 
 
-def _in_turn(
-  loss_fn: LossFn, params: Any, batch: Any, consts: tuple[Any, ...], parts: int
-) -> Any:
+def _in_turn(loss_fn: LossFn, params: Any, batch: Any, consts: tuple[Any, ...], parts: int) -> Any:
   batches = microbatch.split(batch, parts)
   first = jax.tree.map(lambda x: x[0], batches)
   shapes = jax.eval_shape(lambda b: _sums(loss_fn, params, b, consts), first)

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 
 from o1jax.models import attention
 from o1jax.models.config import ModelConfig
+from o1jax.parallel.ambient import first_token, on_own_parts, whole_tokens
 from o1jax.parallel.platform import platform as traced_for
-from o1jax.parallel.sharding import first_token, on_own_parts, whole_tokens
 
 BACKENDS = ('auto', 'xla', 'cudnn', 'splash')
 _LANES = 128  # columns of a TPU block, and the width that its kernels are made for

@@ -19,7 +19,7 @@ from flax import nnx
 from o1jax.models import attention, backends, lora
 from o1jax.models.config import ModelConfig
 from o1jax.models.ops import as_last, gated_silu, linear, rms_norm
-from o1jax.parallel.sharding import on_own_tokens, token_ways
+from o1jax.parallel.ambient import on_own_tokens, token_ways
 
 Params = dict[str, Any]
 Cache = tuple[tuple[jax.Array, jax.Array], ...]

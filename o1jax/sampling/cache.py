@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from o1jax.models.transformer import Cache, Model, Params
-from o1jax.parallel.sharding import constrain
+from o1jax.parallel.ambient import constrain
 from o1jax.sampling.rows import take_rows
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from o1jax.models.transformer import Model, Params
-from o1jax.parallel.sharding import constrain
+from o1jax.parallel.ambient import constrain
 from o1jax.sampling.cache import DecodeState, laid_out, read_tokens
 from o1jax.sampling.draw import SAMPLE, Drawing, draw
 from o1jax.sampling.rows import evenly_full

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from o1jax.models.transformer import Model
-from o1jax.parallel.sharding import constrain
+from o1jax.parallel.ambient import constrain
 from o1jax.sampling.cache import DecodeState, laid_out
 from o1jax.sampling.rows import NONE, take_rows
 

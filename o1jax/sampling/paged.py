@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from o1jax.parallel.ambient import ambient_ways, constrain
 from o1jax.parallel.distributed import fetch
-from o1jax.parallel.sharding import ambient_ways, constrain
 from o1jax.sampling.cache import DecodeState, laid_out
 from o1jax.sampling.decode import Continuation, run
 from o1jax.sampling.keys import row_keys

@@ -17,8 +17,8 @@ import numpy as np
 import psutil
 
 from o1jax.models.transformer import Model, Params
+from o1jax.parallel.ambient import ambient_ways
 from o1jax.parallel.distributed import fetch
-from o1jax.parallel.sharding import ambient_ways
 from o1jax.sampling.cache import DecodeState, extend
 from o1jax.sampling.kv_pool import empty_pool, gather, state_bytes, store, token_bytes
 from o1jax.sampling.rows import NONE

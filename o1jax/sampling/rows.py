@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from o1jax.parallel.sharding import RULES, ambient_ways
+from o1jax.parallel.ambient import ambient_ways
+from o1jax.parallel.sharding import RULES
 
 NONE = -1  # in a list of rows, or of slots: none
 

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from o1jax.models.transformer import Model, Params
+from o1jax.parallel.ambient import ambient_ways, constrain
 from o1jax.parallel.distributed import fetch
-from o1jax.parallel.sharding import ambient_ways, constrain
 from o1jax.sampling.cache import DecodeState, gather_rows, prefill
 from o1jax.sampling.decode import Continuation, begin, run
 from o1jax.sampling.draw import SAMPLE, Drawing

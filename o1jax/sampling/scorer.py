@@ -17,8 +17,8 @@ import numpy as np
 
 from o1jax.models.heads import states_before, step_head_of
 from o1jax.models.transformer import Cache, Model, Params
+from o1jax.parallel.ambient import ambient_ways, on_own_rows
 from o1jax.parallel.distributed import fetch
-from o1jax.parallel.sharding import ambient_ways, on_own_rows
 from o1jax.sampling.cache import DecodeState, extend, gather_rows, grow, laid_out, prefill
 from o1jax.sampling.rows import NONE, parts_of, side_by_side, take_rows
 from o1jax.sampling.sampler import COLUMN_MULTIPLE, length_batches, round_up

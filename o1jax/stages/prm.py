@@ -21,8 +21,8 @@ from o1jax.learn.update import LossFn
 from o1jax.models import lora
 from o1jax.models.heads import StepHead, TokenHead
 from o1jax.models.transformer import Model
+from o1jax.parallel.ambient import spread
 from o1jax.parallel.distributed import fetch
-from o1jax.parallel.sharding import spread
 from o1jax.sampling.draw import SAMPLE
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import name_ids, sampler

@@ -29,8 +29,9 @@ from o1jax.learn.update import LossFn, make_update, run_updates
 from o1jax.models import lora
 from o1jax.models.heads import ScalarHead
 from o1jax.models.transformer import Model
+from o1jax.parallel.ambient import spread
 from o1jax.parallel.distributed import fetch
-from o1jax.parallel.sharding import batch_sharding, shard, spread
+from o1jax.parallel.sharding import batch_sharding, shard
 from o1jax.run.stop import deferred
 from o1jax.stages.context import Run
 from o1jax.stages.drawn import Ahead, Arrays, background

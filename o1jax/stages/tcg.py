@@ -25,8 +25,8 @@ from o1jax.learn.logprobs import sequence_logprobs
 from o1jax.learn.objectives import dpo_loss, sft_loss
 from o1jax.learn.update import LossFn
 from o1jax.models.transformer import Model
+from o1jax.parallel.ambient import spread
 from o1jax.parallel.distributed import fetch
-from o1jax.parallel.sharding import spread
 from o1jax.sampling.draw import GREEDY, Drawing
 from o1jax.sampling.sampler import Sampler
 from o1jax.stages.context import Run
