@@ -62,15 +62,14 @@ Way = Descents | Trees
 # Chosen on dev, see docs/benchmarks.md: children of a descent's step; of a node, and simulations.
 WIDTHS = {100: 4, 200: 10, 400: 20}
 TREES = {100: (4, 5), 200: (8, 5), 400: (16, 5)}
+ROLLED_OUT = {100: (2, 2), 200: (2, 4), 400: (3, 5)}  # with two children 300 tokens use a tree up
 RULES: dict[str, dict[int, Way]] = {
   'guided': {b: Descents(k) for b, k in WIDTHS.items()},
   'puct': {b: Trees(search.puct, *n, mix=1.0, c=0.1) for b, n in TREES.items()},
   'uct': {b: Trees(search.uct, *n, mix=1.0, c=0.1) for b, n in TREES.items()},
   'gumbel': {b: Trees(search.gumbel_interior, *n, mix=1.0) for b, n in TREES.items()},
   'guided, prior': {b: Descents(k, prior=0.5) for b, k in WIDTHS.items()},
-  'UCT, voted': {
-    b: Trees(search.uct, 2, n, mix=0.0, c=0.3) for b, n in ((100, 2), (200, 4), (400, 8))
-  },
+  'UCT, voted': {b: Trees(search.uct, *n, mix=0.0, c=0.3) for b, n in ROLLED_OUT.items()},
 }
 VOTED = ('UCT, voted',)  # rolled out to the end; the paths found answer by vote
 # Solved training problems: as the loop's synthesis searches.
@@ -277,6 +276,7 @@ GRID |= {
   for k, n, mix, c in (
     *((k, n, 1.0, 0.1) for k, n in ((4, 7), (4, 11), (8, 6), (16, 6), (8, 12))),
     *((4, 7, 1.0, 1.0), (3, 2, 0.5, 0.1), (3, 2, 0.0, 0.1), (2, 4, 0.0, 0.3)),
+    *((2, 8, 0.0, 0.3), (3, 5, 0.0, 0.3), (4, 3, 0.0, 0.3)),
   )
 }
 
