@@ -67,6 +67,7 @@ def pretrain(config: PretrainConfig) -> None:
   from o1jax.learn.objectives import sft_loss
   from o1jax.models import hf
   from o1jax.parallel.mesh import make_mesh, start_cpu_devices
+  from o1jax.run.compiled import keep_compiled
   from o1jax.run.metrics import Metrics
   from o1jax.run.progress import Progress
   from o1jax.run.store import Store
@@ -75,6 +76,7 @@ def pretrain(config: PretrainConfig) -> None:
 
   out = pathlib.Path(config.out)
   start_cpu_devices(config.mesh.axes)
+  keep_compiled(config.run.compile_cache)
   with Store(config) as store, Metrics(store.local) as metrics:
     progress = Progress()
     bench = Workbench(store, metrics, progress, make_mesh(config.mesh.axes))

@@ -31,6 +31,7 @@ FREE_KEYS = (
   'run.dir',
   'run.checkpoint_every_s',
   'run.log_every',
+  'run.compile_cache',
   'mesh',
   'distributed',
   'sandbox.workers',
@@ -47,6 +48,9 @@ class RunConfig(Section):
   rounds: Count = 2  # of synthesis, policy SFT, PRM and RL
   checkpoint_every_s: Positive = 10.0  # seconds between saves inside a training stage
   log_every: Count = 10  # steps between two lines of metrics
+  # Folder of compiled programs, for this run to go on with and for others; 'auto': in the user's
+  # cache folder, if the run is one process; '': none (run/compiled.py).
+  compile_cache: str = 'auto'
 
 
 class MeshConfig(Section):

@@ -27,6 +27,7 @@ from o1jax.parallel.join import join
 from o1jax.parallel.mesh import make_mesh, meshes_that_fit, start_cpu_devices
 from o1jax.parallel.sharding import batch_faults, model_faults, param_shardings, row_faults
 from o1jax.run import stop
+from o1jax.run.compiled import keep_compiled
 from o1jax.run.metrics import Metrics
 from o1jax.run.progress import Progress
 from o1jax.run.store import Store, check_folder
@@ -56,6 +57,7 @@ def opened(config: Config, wanted: Sequence[str], force: bool = False) -> Iterat
   """
   join(config.distributed)
   start_cpu_devices(config.mesh.axes)
+  keep_compiled(config.run.compile_cache)
   mesh, model, tokenizer = distributed.together(lambda: _checked(config))
   with (
     stop.noting(),
