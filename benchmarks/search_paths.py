@@ -18,7 +18,6 @@ from o1jax.data import steps as steps_lib
 from o1jax.sampling import PrmScorer, Search, TreeScorer
 from o1jax.sampling.draw import GREEDY, SAMPLE, Drawing
 from o1jax.sampling.forest import Forest
-from o1jax.sampling.paths import Path
 from o1jax.sandbox import wire
 from o1jax.sandbox.judge import request_for
 from o1jax.sandbox.protocol import Job, Limits
@@ -103,27 +102,12 @@ class Case:
       self.run.model, self.policy.prm, self.prompts, steps, tokens=tokens, nodes=nodes
     )
 
-  def split(self, problem: int, tokens: Tokens) -> Path:
-    """A path of steps as the scorer takes it."""
-    ends = [i + 1 for i, t in enumerate(tokens) if t in step_ids(self.run).stops]
-    ends = ends if ends and ends[-1] == len(tokens) else [*ends, len(tokens)]
-    starts = [0, *ends[:-1]]
-    return (problem, *(tokens[a:b] for a, b in zip(starts, ends, strict=True) if b > a))
-
   def score(self, found: Found, scorer: TreeScorer) -> None:
     """Fills in the PRM's probabilities of the steps of every path."""
     count = [len(each) for each in found.paths]
     jobs = [(p, path) for p, each in enumerate(found.paths) for path in each]
-    told = iter(self.steps_of(jobs, scorer))
+    told = iter(scorer.of_steps(jobs))
     found.steps = [[next(told) for _ in range(n)] for n in count]
-
-  def steps_of(self, jobs: Sequence[tuple[int, Tokens]], scorer: TreeScorer) -> list[list[float]]:
-    """The PRM's probabilities of the steps of paths of problems, by number."""
-    whole = [self.split(*job) for job in jobs]
-    prefixes = [[path[:n] for n in range(2, len(path) + 1)] for path in whole]
-    distinct = list(dict.fromkeys(prefix for each in prefixes for prefix in each))
-    known = dict(zip(distinct, scorer(distinct).tolist(), strict=True))
-    return [[known[prefix] for prefix in each] for each in prefixes]
 
   def program(self, path: Tokens) -> str | None:
     """The program that a path ends in."""
@@ -211,7 +195,7 @@ class Trees:
     )
     if judge is None:  # the scorer is the judge too, and must not be asked by two threads at once
       grow = dataclasses.replace(grow, overlap=False)
-    judge = judge or (lambda jobs: [min(steps) for steps in case.steps_of(jobs, scorer)])
+    judge = judge or (lambda jobs: [min(steps) for steps in scorer.of_steps(jobs)])
     draws = {'seed': case.seed + 2, 'ids': name_ids(case.problems)}
     forest = grow(case.policy.params, case.prompts, judge, score=scorer, **draws)
     paths: list[list[Tokens]] = [[] for _ in case.problems]

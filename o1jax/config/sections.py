@@ -137,11 +137,21 @@ class EvalConfig(Section):
   samples: Count = 4  # programs sampled for a problem: pass@1, majority, best-of-n
   temperature: Positive = 1.0
   rows: Count = 256  # decoded at once
-  search_children: Count = 6  # steps the PRM chooses from
-  search_prior: NonNegative = 0.0  # weight of a step's log-prob beside the PRM's log-odds there
+  # How a problem is searched at test time: a descent that the PRM guides, or a tree of roll-outs
+  # whose programs have votes, weighed by the PRM (stages/test_time.py).
+  search: Literal['guided', 'voted'] = 'guided'
+  search_children: Count = 6  # steps sampled at a node, of which the PRM chooses in a descent
+  search_simulations: Count = 4  # of a tree: each rolls children steps out
+  search_prior: NonNegative = 0.0  # weight of a step's log-prob beside the PRM's log-odds (guided)
   bootstrap: Count = 1000  # resamples of an interval
   sampling_control: bool = True  # synthesis beside plain sampling at equal tokens
   test_time: bool = True  # majority, best-of-n and search with the PRM
+
+  def relations(self) -> Iterator[Relation]:
+    """What belongs to descents is not set for trees."""
+    if self.search == 'voted' and self.search_prior:
+      text = f"eval.search_prior={self.search_prior} has no meaning with eval.search='voted'"
+      yield ('search_prior', 'search'), f'{text}; set it to 0'
 
 
 class SandboxConfig(Section):

@@ -55,6 +55,8 @@ def sampled(config: Config) -> dict[str, int]:
   }
   if config.eval.test_time:
     each = _descent(config, config.eval.search_children)
+    if config.eval.search == 'voted':
+      each = config.eval.search_children * config.eval.search_simulations
     found['search test'] = 3 * 2 * each * config.data.test_problems
   return {name: int(paths) for name, paths in found.items() if paths}
 
@@ -107,12 +109,14 @@ def _descent(config: Config, children: int) -> float:
 
 
 def _scored(config: Config) -> float:
-  """Candidate steps that the PRM scores in guided descents."""
+  """Steps that the PRM scores: candidates of guided descents, and of roll-outs that have votes."""
   search, data, depth = config.search, config.data, config.search.depth_limit
   new = data.per_round or data.train_problems
   found = (config.run.rounds - 1) * new * search.guided_descents * depth * search.guided_children
   if config.eval.test_time:
-    found += 3 * data.test_problems * depth * config.eval.search_children
+    voted = config.eval.search == 'voted'
+    each = (depth + 1) * config.eval.search_simulations if voted else depth
+    found += 3 * data.test_problems * each * config.eval.search_children
   return found
 
 

@@ -42,6 +42,12 @@ class StepIds:
     """Whether nothing follows this step: it is the program, or the document ends in it."""
     return step[0] == self.terminal or step[-1] == self.eos
 
+  def split(self, path: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """The steps of a path; what follows its last delimiter is one."""
+    ends = [i + 1 for i, token in enumerate(path) if token in self.stops]
+    ends = [*ends, len(path)] if not ends or ends[-1] != len(path) else ends
+    return tuple(tuple(path[a:b]) for a, b in zip([0, *ends], ends, strict=False) if b > a)
+
 
 @dataclasses.dataclass(frozen=True)
 class Child:

@@ -44,6 +44,7 @@ class TreeScorer:
     self.model, self.params, self.steps = model, params, steps
     self.paths = Paths(model, params['trunk'], prompts, slots=tokens, states=nodes, rows=rows)
     self._known: dict[Path, float] = {}
+    self.scored = sum(map(len, prompts))  # tokens read so far: prompts and distinct steps
 
   def __call__(self, paths: Sequence[Path]) -> np.ndarray:
     """Probabilities [n] that the last steps of the paths are good."""
@@ -52,7 +53,16 @@ class TreeScorer:
       self.paths.read(list(dict.fromkeys(p[:-1] for p in new)))
       scores = self.paths.read_steps(new, self._measure, self._keep)
       self._known.update(zip(new, scores, strict=True))
+      self.scored += sum(len(p[-1]) for p in new)
     return 1 / (1 + np.exp(-np.array([self._known[p] for p in paths])))
+
+  def of_steps(self, paths: Sequence[tuple[int, Sequence[int]]]) -> list[list[float]]:
+    """Probabilities of all steps of whole paths: (problem index, tokens after the prompt) each."""
+    whole = [(problem, *self.steps.split(tokens)) for problem, tokens in paths]
+    prefixes = [[path[:n] for n in range(2, len(path) + 1)] for path in whole]
+    distinct = list(dict.fromkeys(prefix for each in prefixes for prefix in each))
+    known = dict(zip(distinct, self(distinct).tolist(), strict=True))
+    return [[known[prefix] for prefix in each] for each in prefixes]
 
   def _measure(self, before, hidden, tokens, mask) -> jax.Array:
     return score_steps(self.model, self.params, before, hidden, tokens, mask)

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from o1jax.sampling.draw import SAMPLE
-from o1jax.sampling.scorer import PrmScorer
 from o1jax.stages.context import Run
-from o1jax.stages.evaluate import Answers, answer, interval, name_ids, pass_at_1
+from o1jax.stages.evaluate import Answers, answer, interval, pass_at_1
 from o1jax.stages.prm import held_out_trees, sibling_metrics
-from o1jax.stages.synthesis import guided, score_rows
 from o1jax.stages.tcg import tcg_table
+from o1jax.stages.test_time import searched
 
 SEED = 77  # of the report's samples, the same for every policy
 PRM_PROBLEMS = 200  # held-out problems whose trees judge the PRM
@@ -110,7 +109,7 @@ def prm_row(run: Run, round_: int, models: Judged) -> dict[str, Any]:
 
 
 def search_row(run: Run, candidate: Candidate, prm: Any) -> dict[str, Any]:
-  """Greedy, majority, log-prob best-of-n and PRM search at equal generated tokens.
+  """Greedy, majority, log-prob best-of-n and search with the PRM at equal generated tokens.
 
   The search's tokens set the budget: majority and best-of-n get as many samples as
   fit, rounded up. Majority is over equal program texts, ties broken by log-prob.
@@ -118,24 +117,20 @@ def search_row(run: Run, candidate: Candidate, prm: Any) -> dict[str, Any]:
 
   def body() -> dict[str, Any]:
     problems, config = run.test, run.config.eval
-    prompts = [run.encoder.prompt(p) for p in problems]
-    rule = guided(run, config.search_children, prior=config.search_prior)
-    with run.sampling(candidate.params, prm) as (policy, judge):
-      scorer = PrmScorer(run.model, judge, score_rows(run.config.search))
-      found = rule(policy, scorer, prompts, seed=SEED + 2, ids=name_ids(problems))
-    paths = [run.encoder.steps_of(d.tokens) for d in found.descents]
+    found = searched(run, candidate.params, prm, problems, SEED + 2)
+    paths = [run.encoder.steps_of(path) for path in found.paths]
     verdicts = run.executor.judge(problems, paths)
-    searched = np.array([v is not None and v.status == 'accepted' for v in verdicts], float)
+    outcomes = np.array([v is not None and v.status == 'accepted' for v in verdicts], float)
     one = policy_row(run, candidate)
     per_problem = found.generated / len(problems)
     samples = max(1, int(np.ceil(per_problem / one['greedy_tokens'])))
     drawn = answer(run, candidate.params, problems, SAMPLE, samples=samples, seed=SEED + 3)
     majority, best = votes(drawn)
     greedy = np.array(one['outcomes']['greedy'], float)
-    rows = {'greedy': greedy, 'majority': majority, 'logprob': best, 'search_prm': searched}
+    rows = {'greedy': greedy, 'majority': majority, 'logprob': best, 'search_prm': outcomes}
     means = {k: float(v.mean()) for k, v in rows.items()}
     rival = max(('greedy', 'majority', 'logprob'), key=means.get)
-    lead = searched - rows[rival]
+    lead = outcomes - rows[rival]
     return {
       'policy': candidate.stage,
       'tokens_per_problem': per_problem,
