@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -23,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from o1jax.config import ConfigError
 
 T = TypeVar('T')
+_LAST_S = 2.0  # seconds that the first process gives the others to leave before it
 
 
 def count() -> int:
@@ -147,7 +149,8 @@ def leave(code: int, error: BaseException | None = None) -> NoReturn:
   """Ends this process at once with exit code `code`, printing `error` with its traceback.
 
   Without the farewell of `jax.distributed`, which waits for processes that may wait for this one:
-  they notice that it is gone.
+  they notice that it is gone. With no error all have agreed to leave, and the first one, whose end
+  aborts the others, goes last.
   """
   if error is not None:
     traceback.print_exception(error)
@@ -155,4 +158,6 @@ def leave(code: int, error: BaseException | None = None) -> NoReturn:
     print(f'process {index()} of {count()} stops: {text}', file=sys.stderr)
   sys.stdout.flush()
   sys.stderr.flush()
+  if error is None and is_first():
+    time.sleep(_LAST_S)
   os._exit(code)
