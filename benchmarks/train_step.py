@@ -5,10 +5,11 @@
 
 One model with random weights, one batch a loss, AdamW behind a gradient clip on both sides,
 float32, in one process, with huge pages as training has; our rows lie over `--data` devices, as in
-model.py. The first loss of both must agree, or nothing is measured. Then the two take turns, and
-the median of the repeats counts, in seconds of the clock, or with `--cpu` of CPU, which on one core
-(`taskset -c 0`) compare on a busy machine too. `tokens_per_s` are tokens that the trunk reads (both
-sides of a preference pair). `--no-reference` leaves torch (the `parity` extra) out.
+model.py. The first loss of both must agree, or nothing is measured. Then the two take turns, of
+several steps in a row as in training, and the median of the repeats counts, in seconds of the
+clock, or with `--cpu` of CPU, which on one core (`taskset -c 0`) compare on a busy machine too.
+`tokens_per_s` are tokens that the trunk reads (both sides of a preference pair). `--no-reference`
+leaves torch (the `parity` extra) out.
 
 `peak_bytes` is what XLA plans for the step on a device: its arguments, results that do not take the
 place of arguments, and temporaries. `minimum_bytes` is what no such step can do without on one:
@@ -46,7 +47,8 @@ from o1jax.parallel.sharding import param_shardings, shard
 
 STEPS = 4  # reasoning steps of a row
 LR, BETA, PAUSE_S = 1e-4, 0.1, 0.3
-WARM_TURNS = 5  # not counted: threads, caches and pages of the process settle
+TURN = 5  # steps in a row
+WARM_TURNS = 2  # not counted: threads, caches and pages of the process settle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +141,8 @@ def measure(
 ) -> dict[str, float]:
   """Medians of our step and of the reference's, which take turns.
 
-  Between turns is a pause: for a fifth of a second behind a call torch's threads wait at full
-  speed, and would take a core from our step.
+  Before a turn is a pause: for a fifth of a second behind a call torch's threads wait at full
+  speed, and would take a core from our steps.
   """
   tx = optim.make_optimizer(
     LR, steps=10**6, schedule='constant', weight_decay=0.01, b1=0.9, b2=0.999
@@ -157,21 +159,24 @@ def measure(
     theirs, ours = turn(), float(metrics['loss'])
     if abs(theirs - ours) > 1e-3 * max(1.0, abs(ours)):
       raise ValueError(f'{name}: our loss is {ours}, that of the reference {theirs}: not the same')
-  seconds: dict[str, list[float]] = {'': [], 'reference_': []}
-  for _ in range(WARM_TURNS + repeats):
-    time.sleep(PAUSE_S if turn is not None else 0)
-    start = clock()
+
+  def step():
+    nonlocal state
     state, metrics = update(state, batch)
     jax.block_until_ready((state, metrics))
-    seconds[''].append(clock() - start)
-    if turn is not None:
+
+  sides = {'': step} if turn is None else {'': step, 'reference_': turn}
+  seconds: dict[str, list[float]] = {side: [] for side in sides}
+  for _ in range(WARM_TURNS + repeats):
+    for side, one in sides.items():
+      time.sleep(PAUSE_S if turn is not None else 0)
       start = clock()
-      turn()
-      seconds['reference_'].append(clock() - start)
+      for _ in range(TURN):
+        one()
+      seconds[side].append((clock() - start) / TURN)
   for side, times in seconds.items():
-    if times:
-      counted = statistics.median(times[WARM_TURNS:])
-      row[f'{side}tokens_per_s'] = round(tokens_of(case.batch) / counted)
+    counted = statistics.median(times[WARM_TURNS:])
+    row[f'{side}tokens_per_s'] = round(tokens_of(case.batch) / counted)
   return row
 
 
