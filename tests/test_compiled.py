@@ -32,7 +32,7 @@ print(json.dumps([str(folder), sum(hits), value]))
 
 def compiled(folder, **extra):
   env = {k: v for k, v in os.environ.items() if not k.startswith(('JAX_COMPILATION', 'JAX_PERS'))}
-  command = [sys.executable, '-c', PROGRAM, folder]
+  command = [sys.executable, '-W', 'error::UserWarning', '-c', PROGRAM, folder]
   got = subprocess.run(command, env=env | extra, capture_output=True, text=True, timeout=300)
   assert got.returncode == 0, got.stderr[-2000:]
   return json.loads(got.stdout)
@@ -46,6 +46,16 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path):
   assert first[2] == second[2]
   assert compiled(str(tmp_path / 'mine'))[1] == 0  # another folder, which is empty
   assert any((tmp_path / 'mine').iterdir())
+
+
+def test_a_program_whose_writer_was_killed_is_compiled_and_kept_again(tmp_path):
+  compiled(str(tmp_path))
+  program = max(tmp_path.glob('*-cache'), key=lambda file: file.stat().st_size)
+  program.write_bytes(program.read_bytes()[:100])
+  program.with_name(program.name.removesuffix('cache') + 'atime').unlink()
+  compiled(str(tmp_path))  # fails on a warning: JAX warns of what it cannot read or write
+  assert program.stat().st_size > 100
+  assert compiled(str(tmp_path))[1] == len(list(tmp_path.glob('*-cache')))
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Compiled programs that outlive their process: JAX's persistent compilation cache.
 
-Three quarters of a small run are spent on compiling; a run that goes on, or one that differs in a
-learning rate, finds the same programs again.
+More than half of a small run is compiling (docs/benchmarks.md); a run that goes on, or one that
+differs in a number of steps, finds the same programs again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 
+import filelock
 import jax
 
 from o1jax.parallel import distributed
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _SHORT_S = 0.1  # programs that compile faster are not worth a file
 _MOST_BYTES = 4 << 30  # beyond it those that were not read for longest are removed
+_LOCK_S = 10.0  # as long as JAX waits for it
 
 
 def keep_compiled(folder: str) -> pathlib.Path | None:
@@ -44,16 +46,25 @@ def keep_compiled(folder: str) -> pathlib.Path | None:
   path = _of_the_user() if folder == 'auto' else pathlib.Path(folder).expanduser().absolute()
   try:
     path.mkdir(parents=True, exist_ok=True)
-    writable = os.access(path, os.W_OK | os.X_OK)
-  except OSError:
-    writable = False
-  if not writable:
+    _remove_half_written(path)
+  except (OSError, filelock.Timeout):
     logger.warning('%s cannot be written: compiled programs are not kept', path)
     return None
   jax.config.update('jax_compilation_cache_dir', str(path))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', _SHORT_S)
   jax.config.update('jax_compilation_cache_max_size', _MOST_BYTES)
   return path
+
+
+def _remove_half_written(path: pathlib.Path) -> None:
+  """Takes out programs whose writer was killed: JAX would stumble over each of them for ever.
+
+  It writes a program in place, and when it is whole the time beside it, under this lock.
+  """
+  with filelock.FileLock(path / '.lockfile', timeout=_LOCK_S):
+    for program in path.glob('*-cache'):
+      if not program.with_name(program.name.removesuffix('-cache') + '-atime').exists():
+        program.unlink()
 
 
 def _of_the_user() -> pathlib.Path:
