@@ -25,6 +25,7 @@ from o1jax.sandbox.zygote import Zygote
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import name_ids, sampler, step_ids
 from o1jax.stages.synthesis import guided
+from o1jax.stages.test_time import Decided
 from o1jax.types import Problem
 
 SEED = 177  # of all draws of seed 0, the same for every policy
@@ -177,6 +178,7 @@ class Trees:
   simulations: int
   mix: float
   c: float = 1.0
+  lead: int = 0  # see `Decided`
 
   def __call__(self, case: Case, scorer: TreeScorer | None, judge=None) -> Found:
     gumbel = self.rule is search.gumbel_interior
@@ -192,6 +194,7 @@ class Trees:
       c=self.c,
       mix=self.mix,
       pool_tokens=sum(map(len, case.prompts)) + count * POOL_TOKENS,
+      enough=Decided(self.lead, step_ids(run)) if self.lead else None,
     )
     if judge is None:  # the scorer is the judge too, and must not be asked by two threads at once
       grow = dataclasses.replace(grow, overlap=False)

@@ -1,6 +1,7 @@
 """Search at test time: who is elected by hand, and that an answer depends on its problem alone."""
 
 import contextlib
+import dataclasses
 import types
 
 import jax
@@ -12,7 +13,10 @@ from sampling_cases import EOS, MODEL, PROMPTS, STEP_END, STEPS, TERMINAL, tiny_
 
 from o1jax.config import Config
 from o1jax.models.heads import StepHead
-from o1jax.sampling import TreeScorer
+from o1jax.sampling import Search, TreeScorer
+from o1jax.sampling.draw import SAMPLE
+from o1jax.sampling.forest import Rollout
+from o1jax.sampling.sampler import Sampler
 from o1jax.stages import test_time
 from o1jax.types import Problem
 
@@ -67,6 +71,37 @@ def test_equal_programs_vote_together_by_the_product_of_their_steps():
   assert elected((C, [0.6]), (A, [0.4]), (A, [0.4]), (PLAN + A, [0.5, 0.9])) == PLAN + A
   assert elected((A, [0.4]), (B, [0.6]), (A, [0.4])) == A
   assert test_time.elected([], [], STEPS) == ()
+
+
+def rollout(path, value=1.0):
+  return Rollout(0, 0, 1, 0, (), path, (0.0,) * len(path), value)
+
+
+def test_a_vote_is_decided_by_the_lead_over_all_that_is_second():
+  decided = test_time.Decided(2, STEPS)
+  assert not decided([]) and not decided([rollout(A)])
+  assert decided([rollout(PLAN + A), rollout(OTHER + A)])  # by program, whatever led to it
+  assert not decided([rollout(A), rollout(A), rollout(B)])
+  assert decided([rollout(A), rollout(A), rollout(B), rollout(A)])
+  assert decided([rollout(A), rollout(A), rollout(PLAN, np.nan)])  # without an end: no vote
+  assert not decided([rollout(A), rollout(A), rollout(B), rollout(B), rollout(C)])
+
+
+@pytest.mark.parametrize('overlap', [False, True])
+def test_a_decided_tree_grows_no_more_and_the_others_are_as_they_were(overlap):
+  sampler = Sampler(MODEL, 12, (EOS,), SAMPLE, 32)
+  grow = Search(sampler, STEPS, width=2, simulations=4, max_depth=4, overlap=overlap)
+  enough = test_time.Decided(1, STEPS)
+  judge = lambda jobs: [0.5] * len(jobs)  # noqa: E731
+  whole = grow(tiny_params(), PROMPTS, judge, seed=3)
+  short = dataclasses.replace(grow, enough=enough)(tiny_params(), PROMPTS, judge, seed=3)
+  ended = set()
+  for problem in range(len(PROMPTS)):
+    full, part = ([r for r in f.rollouts if r.problem == problem] for f in (whole, short))
+    counts = [n for n in range(2, len(full), 2) if enough(full[:n])]
+    assert part == full[: counts[0] if counts else len(full)]
+    ended.add(len(part))
+  assert len(ended) > 1 and short.generated < whole.generated
 
 
 @pytest.mark.parametrize('way', ['guided', 'voted'])

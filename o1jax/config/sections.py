@@ -142,13 +142,17 @@ class EvalConfig(Section):
   search: Literal['guided', 'voted'] = 'guided'
   search_children: Count = 6  # steps sampled at a node, of which the PRM chooses in a descent
   search_simulations: Count = 4  # of a tree: each rolls children steps out
+  search_lead: Natural = 0  # votes that a program is ahead by ends a tree early; 0: all simulations
   search_prior: NonNegative = 0.0  # weight of a step's log-prob beside the PRM's log-odds (guided)
   bootstrap: Count = 1000  # resamples of an interval
   sampling_control: bool = True  # synthesis beside plain sampling at equal tokens
   test_time: bool = True  # majority, best-of-n and search with the PRM
 
   def relations(self) -> Iterator[Relation]:
-    """What belongs to descents is not set for trees."""
+    """What belongs to descents is not set for trees, nor the other way round."""
+    if self.search == 'guided' and self.search_lead:
+      text = f"eval.search_lead={self.search_lead} has no meaning with eval.search='guided'"
+      yield ('search_lead', 'search'), f"{text}; set it to 0, or use eval.search='voted'"
     if self.search == 'voted' and self.search_prior:
       text = f"eval.search_prior={self.search_prior} has no meaning with eval.search='voted'"
       yield ('search_prior', 'search'), f'{text}; set it to 0'

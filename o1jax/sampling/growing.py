@@ -112,10 +112,8 @@ class Growing:
     for r in rollouts:
       if r.node != UNVISITED and self.whole(r) and math.isnan(r.value):
         self.masked[r.problem, r.node] = True
-    if self.search.mix == 1:
-      self.rollouts += [(simulation, r) for r in rollouts if self.whole(r)]
-    else:
-      self.rollouts += [(simulation, r) for r in rollouts]
+    kept = [r for r in rollouts if self.search.mix < 1 or self.whole(r)]
+    self.rollouts += [(simulation, r) for r in kept]
     width = self.search.width
     nodes, backed = (np.full((self.batch, width), fill) for fill in (UNVISITED, np.nan))
     nodes[going] = np.reshape([r.node for r in rollouts], (-1, width))
@@ -128,6 +126,22 @@ class Growing:
       backup(self.tree, nodes, backed.astype(np.float32), ~np.isnan(backed))
     )
     self.tree_s += time.perf_counter() - started
+    self._close_decided()
+
+  def _close_decided(self) -> None:
+    """Trees of which `Search.enough` has seen enough grow no more."""
+    if self.search.enough is None:
+      return
+    so_far: list[list[Rollout]] = [[] for _ in range(self.batch)]
+    for _, rollout in self.rollouts:
+      so_far[rollout.problem].append(rollout)
+    going = np.flatnonzero(~self.closed[:, ROOT])
+    decided = [b for b in going if self.search.enough(so_far[b])]
+    if decided:
+      closed = np.array(self.tree.closed)
+      closed[decided, ROOT] = True
+      self.tree = dataclasses.replace(self.tree, closed=closed)
+      self._retire_closed()
 
   def _value(self, tree: SearchTree, rollout: Rollout, score: float) -> float:
     """What a step is worth: the return of its roll-out, its process reward, or their mix."""

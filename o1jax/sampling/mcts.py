@@ -17,7 +17,7 @@ import numpy as np
 
 from o1jax.models.transformer import Params
 from o1jax.sampling import half_grown
-from o1jax.sampling.forest import Forest
+from o1jax.sampling.forest import Forest, Rollout
 from o1jax.sampling.growing import Growing
 from o1jax.sampling.guided import StepIds
 from o1jax.sampling.paged import continue_paths, widest
@@ -49,7 +49,8 @@ class Search:
   return of its roll-out, 1 for the process reward alone, for which nothing is rolled out.
   `pool_tokens` bounds the tokens whose keys and values are kept; 0 for all that the search can
   have. With `overlap` the judge works on half of the forest while the other half grows; it
-  changes no tree. `extend` continues paths.
+  changes no tree. `enough` says of the roll-outs of a problem so far whether its tree need not grow
+  on. `extend` continues paths.
   """
 
   sampler: Sampler
@@ -66,6 +67,7 @@ class Search:
   mix: float = 0.0
   pool_tokens: int = 0
   overlap: bool = True
+  enough: Callable[[Sequence[Rollout]], bool] | None = None
   extend: Callable[..., Samples] = continue_paths
 
   def __post_init__(self):

@@ -9,12 +9,14 @@ is wrong where both models are.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from o1jax import search
+from o1jax.sampling.forest import Rollout
 from o1jax.sampling.guided import StepIds
 from o1jax.sampling.mcts import Search
 from o1jax.sampling.scorer import PrmScorer
@@ -78,6 +80,24 @@ def elected(paths: Sequence[Tokens], values: Sequence[Sequence[float]], steps: S
   return paths[max(range(len(paths)), key=rank.__getitem__)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Decided:
+  """Whether a program leads by so many votes, each roll-out one: a vote that may stop.
+
+  Adaptive consistency (Aggarwal et al. 2023, arXiv 2305.11860): what all roll-outs agree on needs
+  few of them, and the tokens go where they do not.
+  """
+
+  lead: int
+  steps: StepIds
+
+  def __call__(self, rollouts: Sequence[Rollout]) -> bool:
+    """Of the roll-outs of one problem; those without an end have no vote."""
+    programs = [self.steps.split(r.path)[-1] for r in rollouts if not math.isnan(r.value)]
+    votes = [n for _, n in collections.Counter(programs).most_common(2)]
+    return bool(votes) and votes[0] - sum(votes[1:]) >= self.lead
+
+
 def _descended(run: Run, policy: Any, prm: Any, problems: Sequence[Problem], seed: int) -> Found:
   config = run.config.eval
   prompts = [run.encoder.prompt(p) for p in problems]
@@ -100,6 +120,7 @@ def _voted(run: Run, policy: Any, prm: Any, problems: Sequence[Problem], seed: i
     rule=search.uct,
     c=EXPLORATION,
     pool_tokens=limits.pool_tokens,
+    enough=Decided(config.search_lead, steps) if config.search_lead else None,
     overlap=False,  # the judge is on the device too
   )
   rollouts = len(problems) * grow.width * grow.simulations
