@@ -179,12 +179,13 @@ class Trees:
   mix: float
   c: float = 1.0
   lead: int = 0  # see `Decided`
+  how: Drawing = SAMPLE
 
   def __call__(self, case: Case, scorer: TreeScorer | None, judge=None) -> Found:
     gumbel = self.rule is search.gumbel_interior
     run, count = case.run, len(case.problems)
     grow = Search(
-      sampler(run, SAMPLE, run.config.search.rows),
+      sampler(run, self.how, run.config.search.rows),
       step_ids(run),
       width=self.width,
       simulations=self.simulations,

@@ -8,7 +8,8 @@ seed; they are only read. The base and the SFT policy of round 0 are searched wi
 the last policy with the PRM that it learnt from, and where there is one (`prm.renew=true`) with
 that made after it. A rule finds whole paths within a budget of generated tokens and answers with
 the one that the PRM likes best: no program is executed before it is judged. The baselines get as
-many samples as fit into what the costliest rule has drawn, rounded up. Majority is by behaviour (Li
+many samples as fit into what the costliest rule has drawn, rounded up, at temperature 1 and, as
+'cooler', at .7. Majority is by behaviour (Li
 et al. 2022, "AlphaCode"): programs that print the same on the inputs of the problem's tests vote
 together, so that here, alone, programs run first.
 
@@ -45,7 +46,7 @@ from search_paths import Case, Descents, Found, Policy, Tokens, Trees
 from o1jax import config as config_lib
 from o1jax import search
 from o1jax.run import checkpoints, files
-from o1jax.sampling.draw import GREEDY
+from o1jax.sampling.draw import GREEDY, Drawing
 from o1jax.sandbox.zygote import Zygote, strongest
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import interval
@@ -53,10 +54,12 @@ from o1jax.stages.setup import opened
 
 BUDGETS = (100, 200, 400)  # generated tokens a problem; a greedy path takes some 35
 RESAMPLES = 2000
-BASELINES = ('greedy', 'majority', 'logprob')
+COOLER = Drawing(0.7)
+BASELINES = ('greedy', 'majority', 'logprob', 'majority, cooler', 'logprob, cooler')
 # Samples of which the PRM chooses: the best, or by votes that its view of the worst step or of all
 # steps weighs.
-WITH_PRM = ('prm', 'prm_vote', 'prm_product')
+SCORED = ('prm', 'prm_vote', 'prm_product')
+WITH_PRM = (*SCORED, *(f'{how}, cooler' for how in SCORED))
 Way = Descents | Trees
 
 # Chosen on dev, see docs/benchmarks.md: children of a descent's step; of a node, and simulations.
@@ -70,8 +73,11 @@ RULES: dict[str, dict[int, Way]] = {
   'gumbel': {b: Trees(search.gumbel_interior, *n, mix=1.0) for b, n in TREES.items()},
   'guided, prior': {b: Descents(k, prior=0.5) for b, k in WIDTHS.items()},
   'UCT, voted': {b: Trees(search.uct, *n, mix=0.0, c=0.3) for b, n in ROLLED_OUT.items()},
+  'cooler, voted': {
+    b: Trees(search.uct, *n, mix=0.0, c=0.3, how=COOLER) for b, n in ROLLED_OUT.items()
+  },
 }
-VOTED = ('UCT, voted',)  # rolled out to the end; the paths found answer by vote
+VOTED = ('UCT, voted', 'cooler, voted')  # rolled out to the end; the paths found answer by vote
 # Solved training problems: as the loop's synthesis searches.
 SYNTHESIS: dict[str, Way] = {
   'guided, 1 descent': Descents(6, 1, temperature=0.5),
@@ -138,7 +144,7 @@ def answered(case: Case, found: Found, how: str) -> np.ndarray:
 
 def picks(case: Case, found: Found) -> dict[str, np.ndarray]:
   """Outcomes [P] of every way to choose among the paths."""
-  ways = (*WITH_PRM, 'majority', 'logprob') if found.logprobs else WITH_PRM
+  ways = (*SCORED, 'majority', 'logprob') if found.logprobs else SCORED
   return {how: answered(case, found, how) for how in ways}
 
 
@@ -157,12 +163,15 @@ def measure(case: Case, rules: Mapping[str, dict[int, Way]]) -> dict[str, Any]:
       rows[name] = row(case, found, answered(case, found, how))
     most = max(r['tokens'] for r in rows.values())
     result[str(budget)] = rows, math.ceil(most / each)
-  samples = case.sample(max(n for _, n in result.values()))
-  case.score(samples, scorer)
+  most = max(n for _, n in result.values())
+  samples, cooler = case.sample(most), case.sample(most, COOLER)
+  for drawn in (samples, cooler):
+    case.score(drawn, scorer)
   for budget, (rows, n) in result.items():
-    found = samples.first(n)
-    outcomes = picks(case, found)
-    rows |= {name: row(case, found, each) for name, each in outcomes.items()}
+    for drawn, which in ((cooler, ', cooler'), (samples, '')):
+      found = drawn.first(n)
+      outcomes = picks(case, found)
+      rows |= {f'{how}{which}': row(case, found, each) for how, each in outcomes.items()}
     rows['greedy'] = row(case, greedy, case.accepted([paths[0] for paths in greedy.paths]))
     result[budget] = rows | {'any sample': row(case, found, solved(case, found))}
   return result
@@ -263,7 +272,7 @@ def tune(folder: pathlib.Path, problems: int, zygote: Zygote, wanted: Sequence[s
       )
 
 
-PICKS = (*WITH_PRM, 'majority', 'logprob')
+PICKS = (*SCORED, 'majority', 'logprob')
 FUNCTIONS = {'puct': search.puct, 'uct': search.uct, 'gumbel': search.gumbel_interior}
 GRID: dict[str, Way] = {
   f'guided K={k} x {n}, temperature {t}': Descents(k, n, t)
@@ -296,7 +305,8 @@ def compare(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for budget in budgets:
       same = [run['test'][policy][budget] for run in runs]
       mean = {name: np.mean([r[name]['outcomes'] for r in same], axis=0) for name in same[0]}
-      best = [max(names, key=lambda n: mean[n].mean()) for names in (BASELINES, WITH_PRM)]
+      there = [[n for n in names if n in mean] for names in (BASELINES, WITH_PRM)]
+      best = [max(names, key=lambda n: mean[n].mean()) for names in there]
       rows = {}
       for name, outcomes in mean.items():
         tokens = float(np.mean([r[name]['tokens'] for r in same]))
