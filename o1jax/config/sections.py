@@ -142,6 +142,7 @@ class EvalConfig(Section):
   search: Literal['guided', 'voted'] = 'guided'
   search_children: Count = 6  # steps sampled at a node, of which the PRM chooses in a descent
   search_simulations: Count = 4  # of a tree: each rolls children steps out
+  search_temperature: Positive = 0.7  # of a tree's roll-outs
   search_lead: Natural = 0  # votes that a program is ahead by ends a tree early; 0: all simulations
   search_prior: NonNegative = 0.0  # weight of a step's log-prob beside the PRM's log-odds (guided)
   bootstrap: Count = 1000  # resamples of an interval

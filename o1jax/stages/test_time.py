@@ -111,8 +111,9 @@ def _descended(run: Run, policy: Any, prm: Any, problems: Sequence[Problem], see
 def _voted(run: Run, policy: Any, prm: Any, problems: Sequence[Problem], seed: int) -> Found:
   config, limits = run.config.eval, run.config.search
   prompts, steps = [run.encoder.prompt(p) for p in problems], step_ids(run)
+  how = dataclasses.replace(drawing(limits), temperature=config.search_temperature)
   grow = Search(
-    sampler(run, drawing(limits), limits.rows),
+    sampler(run, how, limits.rows),
     steps,
     width=config.search_children,
     simulations=config.search_simulations,
