@@ -4,12 +4,12 @@
       [--data 1]
 
 One model with random weights, one batch a loss, AdamW behind a gradient clip on both sides,
-float32, in one process, with huge pages as training has; our rows lie over `--data` devices, as in
-model.py. The first loss of both must agree, or nothing is measured. Then the two take turns, of
-several steps in a row as in training, and the median of the repeats counts, in seconds of the
-clock, or with `--cpu` of CPU, which on one core (`taskset -c 0`) compare on a busy machine too.
-`tokens_per_s` are tokens that the trunk reads (both sides of a preference pair). `--no-reference`
-leaves torch (the `parity` extra) out.
+float32, each side in a process of its own, with huge pages as training has; our rows lie over
+`--data` devices, as in model.py. The first loss of both must agree, or nothing is measured. Then
+the two take turns, each of many steps in a row as in training, and the median of the repeats
+counts, in seconds of the clock, or with `--cpu` of CPU, which on one core (`taskset -c 0`) compare
+on a busy machine too. `tokens_per_s` are tokens that the trunk reads (both sides of a preference
+pair). `--no-reference` leaves torch (the `parity` extra) out.
 
 `peak_bytes` is what XLA plans for the step on a device: its arguments, results that do not take the
 place of arguments, and temporaries. `minimum_bytes` is what no such step can do without on one:
@@ -28,6 +28,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 import jax
@@ -47,7 +48,7 @@ from o1jax.parallel.sharding import param_shardings, shard
 
 STEPS = 4  # reasoning steps of a row
 LR, BETA, PAUSE_S = 1e-4, 0.1, 0.3
-TURN = 5  # steps in a row
+TURN = 20  # steps in a row: the first ones behind a pause find caches and memory cold
 WARM_TURNS = 2  # not counted: threads, caches and pages of the process settle
 
 
@@ -55,7 +56,7 @@ WARM_TURNS = 2  # not counted: threads, caches and pages of the process settle
 class Case:
   """A loss with what it trains and what it reads."""
 
-  loss_fn: Callable
+  loss_fn: Callable | None
   params: Any
   batch: Any
 
@@ -139,7 +140,7 @@ def memory(update, state, batch, model: Model) -> dict[str, int]:
 def measure(
   name: str, case: Case, model: Model, repeats: int, clock: Callable[[], float], reference
 ) -> dict[str, float]:
-  """Medians of our step and of the reference's, which take turns.
+  """Medians of our step and of the reference's, which take turns; see `train_step_torch.running`.
 
   Before a turn is a pause: for a fifth of a second behind a call torch's threads wait at full
   speed, and would take a core from our steps.
@@ -154,30 +155,37 @@ def measure(
   state, batch = init_state(params, tx), jax.device_put(spread(case.batch))
   row = memory(update, state, batch, model)
   state, metrics = update(state, batch)
-  turn = None if reference is None else reference(name, case)
-  if turn is not None:
-    theirs, ours = turn(), float(metrics['loss'])
+  if reference is not None:
+    plain = jax.tree.map(np.asarray, (case.params, case.batch))
+    theirs, ours = asked(reference, (name, Case(None, *plain))), float(metrics['loss'])
     if abs(theirs - ours) > 1e-3 * max(1.0, abs(ours)):
       raise ValueError(f'{name}: our loss is {ours}, that of the reference {theirs}: not the same')
 
-  def step():
+  def turn() -> float:
     nonlocal state
-    state, metrics = update(state, batch)
-    jax.block_until_ready((state, metrics))
+    start = clock()
+    for _ in range(TURN):
+      state, metrics = update(state, batch)
+      jax.block_until_ready((state, metrics))
+    return clock() - start
 
-  sides = {'': step} if turn is None else {'': step, 'reference_': turn}
+  sides = {'': turn}
+  if reference is not None:
+    sides['reference_'] = lambda: asked(reference, TURN)
   seconds: dict[str, list[float]] = {side: [] for side in sides}
   for _ in range(WARM_TURNS + repeats):
-    for side, one in sides.items():
-      time.sleep(PAUSE_S if turn is not None else 0)
-      start = clock()
-      for _ in range(TURN):
-        one()
-      seconds[side].append((clock() - start) / TURN)
+    for side, once in sides.items():
+      time.sleep(PAUSE_S if reference is not None else 0)
+      seconds[side].append(once() / TURN)
   for side, times in seconds.items():
     counted = statistics.median(times[WARM_TURNS:])
     row[f'{side}tokens_per_s'] = round(tokens_of(case.batch) / counted)
   return row
+
+
+def asked(reference: Connection, question: Any) -> float:
+  reference.send(question)
+  return reference.recv()
 
 
 def main() -> None:
@@ -198,12 +206,14 @@ def main() -> None:
   result = {'shape': args.shape, 'rows': args.rows, 'tokens': args.tokens}
   result |= {'device': jax.devices()[0].device_kind, 'devices': mesh.size, 'cores': os.cpu_count()}
   ambient = jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
-  with ambient, tempfile.TemporaryDirectory() as folder:
+  with ambient, tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
     hf.save(folder, model, params)
-    reference = functools.partial(train_step_torch.stepper, folder, lr=LR, beta=BETA)
+    reference = None
+    if not args.no_reference:
+      theirs = train_step_torch.running(folder, cpu=args.cpu, lr=LR, beta=BETA)
+      reference = stack.enter_context(theirs)
     for name, case in make_cases(model, params, args.rows, args.tokens).items():
-      beside = None if args.no_reference else reference
-      result[name] = measure(name, case, model, args.repeats, clock, beside)
+      result[name] = measure(name, case, model, args.repeats, clock, reference)
       print(name, result[name], flush=True)
   print(json.dumps(result))
 

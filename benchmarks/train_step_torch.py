@@ -2,10 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+
+
+@contextlib.contextmanager
+def running(folder: str, **settings: Any) -> Iterator[Connection]:
+  """A process that does nothing but steps, as a training does; see `serve`."""
+  ours, theirs = multiprocessing.Pipe()
+  child = multiprocessing.get_context('spawn').Process(
+    target=serve, args=(theirs, folder), kwargs=settings, daemon=True
+  )
+  child.start()
+  theirs.close()
+  try:
+    yield ours
+  finally:
+    ours.close()
+    child.join()
+
+
+def serve(pipe: Connection, folder: str, *, cpu: bool, lr: float, beta: float) -> None:
+  """Answers a loss's name and case by its first loss, a number by the seconds of so many steps."""
+  clock, step = time.process_time if cpu else time.perf_counter, None
+  with contextlib.suppress(EOFError):
+    while True:
+      asked = pipe.recv()
+      if isinstance(asked, int):
+        start = clock()
+        for _ in range(asked):
+          step()
+        pipe.send(clock() - start)
+      else:
+        step = stepper(folder, *asked, lr=lr, beta=beta)
+        pipe.send(step())
 
 
 def stepper(folder: str, name: str, case: Any, *, lr: float, beta: float) -> Callable[[], float]:
