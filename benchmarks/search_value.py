@@ -9,9 +9,8 @@ the last policy with the PRM that it learnt from, and where there is one (`prm.r
 that made after it. A rule finds whole paths within a budget of generated tokens and answers with
 the one that the PRM likes best: no program is executed before it is judged. The baselines get as
 many samples as fit into what the costliest rule has drawn, rounded up, at temperature 1 and, as
-'cooler', at .7. Majority is by behaviour (Li
-et al. 2022, "AlphaCode"): programs that print the same on the inputs of the problem's tests vote
-together, so that here, alone, programs run first.
+'cooler', at .7. Votes are by behaviour (Li et al. 2022, "AlphaCode"): programs that print the same
+on the inputs of the problem's tests vote together, so that here, alone, programs run first.
 
 On training problems of round 1, which policies and PRM of round 0 have not seen, programs are
 executed: problems solved by guided descents and by UCT on outcome, each beside sampling with as
@@ -51,6 +50,7 @@ from o1jax.sandbox.zygote import Zygote, strongest
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import interval
 from o1jax.stages.setup import opened
+from o1jax.stages.test_time import elected
 
 BUDGETS = (100, 200, 400)  # generated tokens a problem; a greedy path takes some 35
 RESAMPLES = 2000
@@ -115,13 +115,7 @@ def voted(case: Case, found: Found, weights: Sequence[Sequence[float]], ties) ->
   """
   answers = []
   for problem, paths, weight, tie in zip(case.problems, found.paths, weights, ties, strict=True):
-    behaviours = case.behaviours(problem, paths)
-    total = dict.fromkeys(behaviours, 0.0)
-    for behaviour, w in zip(behaviours, weight, strict=True):
-      total[behaviour] += w
-    total[None] = -1.0  # what ends in an error has no vote
-    rank = [(total[b], t) for b, t in zip(behaviours, tie, strict=True)]
-    answers.append(paths[max(range(len(paths)), key=rank.__getitem__)])
+    answers.append(paths[elected(case.behaviours(problem, paths), weight, tie)])
   return answers
 
 

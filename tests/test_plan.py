@@ -287,6 +287,10 @@ def test_counts_of_a_small_run():
   assert counts.trained(renewing)['prm'] == 2 * counts.trained(config)['prm']
   more = counts.sampled(renewing)
   assert more['prm test'] == 3 * 32 * 7 and more['prm dev'] == 2 * 32 * 5
+  told = {'test_time': True, 'search': 'voted', 'search_children': 2, 'search_simulations': 5}
+  voted = config.model_copy(update={'eval': config.eval.model_copy(update=told)})
+  # Three policies, each searched and beside it sampled with as many tokens.
+  assert counts.sampled(voted)['search test'] == 3 * 2 * 10 * 7
 
 
 def test_the_published_shapes_have_the_published_sizes():

@@ -18,7 +18,9 @@ from o1jax.sampling.draw import SAMPLE
 from o1jax.sampling.forest import Rollout
 from o1jax.sampling.sampler import Sampler
 from o1jax.stages import test_time
-from o1jax.types import Problem
+from o1jax.stages.evaluate import Answers
+from o1jax.stages.report import votes
+from o1jax.types import Problem, Step
 
 PROBLEMS = [Problem(str(i), '') for i in range(len(PROMPTS))]
 A, B, C = (TERMINAL, 7, EOS), (TERMINAL, 8, EOS), (TERMINAL, 9, EOS)  # programs
@@ -59,18 +61,40 @@ def test_the_steps_of_a_path_are_its_tokens_cut_behind_the_delimiters(path):
 
 
 def elected(*votes):
-  return test_time.elected([path for path, _ in votes], [values for _, values in votes], STEPS)
+  programs, weights, ties = zip(*votes, strict=True)
+  return test_time.elected(programs, weights, ties)
 
 
-def test_equal_programs_vote_together_by_the_product_of_their_steps():
-  # .8 against twice .5, by different plans.
-  assert elected((A, [0.8]), (PLAN + B, [0.5, 1.0]), (OTHER + B, [1.0, 0.5])) == PLAN + B
-  # Two steps of .6 are worth .36 each: less than .8 together.
-  assert elected((A, [0.8]), (PLAN + B, [0.6, 0.6]), (OTHER + B, [0.6, 0.6])) == A
-  # What was found twice votes twice, and of the elected program's paths the best answers.
-  assert elected((C, [0.6]), (A, [0.4]), (A, [0.4]), (PLAN + A, [0.5, 0.9])) == PLAN + A
-  assert elected((A, [0.4]), (B, [0.6]), (A, [0.4])) == A
-  assert test_time.elected([], [], STEPS) == ()
+def test_equal_programs_vote_together_and_the_best_of_them_answers():
+  assert elected(('a', 0.8, 0.8), ('b', 0.5, 0.5), ('b', 0.5, 0.6)) == 2
+  assert elected(('a', 0.8, 0.8), ('b', 0.36, 0.6), ('b', 0.36, 0.6)) == 0
+  assert elected(('c', 0.6, 0.6), ('a', 0.4, 0.4), ('a', 0.4, 0.4), ('a', 0.45, 0.5)) == 3
+  assert elected(('a', 0.5, 0.1), ('b', 0.5, 0.2)) == 1  # equal weights
+  assert elected((None, 9.0, 9.0), (None, 9.0, 9.0), ('a', 0.0, 0.0)) == 2  # none has no vote
+
+
+def test_majority_and_likeliest_of_samples():
+  one, two = (Step(3, 'a'),), (Step(3, 'b'),)
+  paths = [[one, two, (Step(1, 'plan'), *two)], [one, two, two]]
+  accepted = np.array([[1, 0, 1], [1, 0, 0]], np.float32)
+  logprobs = np.array([[-1.0, -3.0, -2.0], [-1.0, -3.0, -3.0]], np.float32)
+  majority, best = votes(Answers(paths, accepted, logprobs, 0))
+  assert majority.tolist() == [1.0, 0.0]  # the likelier of the two that are b
+  assert best.tolist() == [1.0, 1.0]
+
+
+def test_a_tree_answers_with_what_its_roll_outs_elect(prm, monkeypatch):
+  seen = []
+  real = test_time.elected
+  monkeypatch.setattr(test_time, 'elected', lambda *a: seen.append((*a, real(*a))) or seen[-1][-1])
+  run = a_run(search='voted')
+  found = test_time.searched(run, tiny_params(), prm, PROBLEMS, 3)
+  assert len(seen) == sum(map(bool, found.paths)) > 1
+  answers = {STEPS.split(path)[-1] for path in found.paths if path}
+  assert answers == {programs[best] for programs, _, _, best in seen}
+  # A product of several probabilities is no more than the worst of them.
+  assert all(w <= t for _, weights, ties, _ in seen for w, t in zip(weights, ties, strict=True))
+  assert any(w < t for _, weights, ties, _ in seen for w, t in zip(weights, ties, strict=True))
 
 
 def rollout(path, value=1.0):

@@ -149,8 +149,8 @@ def leave(code: int, error: BaseException | None = None) -> NoReturn:
   """Ends this process at once with exit code `code`, printing `error` with its traceback.
 
   Without the farewell of `jax.distributed`, which waits for processes that may wait for this one:
-  they notice that it is gone. With no error all have agreed to leave, and the first one, whose end
-  aborts the others, goes last.
+  they notice that it is gone. Without an error it is a signal that ends it, in a training one that
+  all have agreed on: then the first one, whose end aborts the others, goes last.
   """
   if error is not None:
     traceback.print_exception(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from o1jax.stages.context import Run
 from o1jax.stages.evaluate import Answers, answer, interval, pass_at_1
 from o1jax.stages.prm import held_out_trees, sibling_metrics
 from o1jax.stages.tcg import tcg_table
-from o1jax.stages.test_time import searched
+from o1jax.stages.test_time import elected, searched
 
 SEED = 77  # of the report's samples, the same for every policy
 PRM_PROBLEMS = 200  # held-out problems whose trees judge the PRM
@@ -148,12 +147,9 @@ def search_row(run: Run, candidate: Candidate, prm: Any) -> dict[str, Any]:
 def votes(drawn: Answers) -> tuple[np.ndarray, np.ndarray]:
   """Outcome of the majority answer and of the likeliest answer of each problem."""
   majority, best = [], []
-  for row, paths in enumerate(drawn.paths):
-    counts = collections.Counter(path[-1:] for path in paths)
-    order = np.argsort(-drawn.logprobs[row], kind='stable')
-    best.append(drawn.accepted[row, order[0]])
-    top = max(order, key=lambda i: counts[paths[i][-1:]])
-    majority.append(drawn.accepted[row, top])
+  for accepted, paths, logprobs in zip(drawn.accepted, drawn.paths, drawn.logprobs, strict=True):
+    best.append(accepted[np.argmax(logprobs)])
+    majority.append(accepted[elected([p[-1:] for p in paths], [1.0] * len(paths), logprobs)])
   return np.array(majority, float), np.array(best, float)
 
 

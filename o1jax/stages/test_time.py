@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from o1jax import search
@@ -59,25 +59,20 @@ def searched(run: Run, policy: Any, prm: Any, problems: Sequence[Problem], seed:
   return Found(paths, sum(part.generated for part in found), sum(part.scored for part in found))
 
 
-def elected(paths: Sequence[Tokens], values: Sequence[Sequence[float]], steps: StepIds) -> Tokens:
-  """The path that a vote among the paths of one problem chooses.
+def elected(programs: Sequence[Hashable], weights: Sequence[float], ties: Sequence[float]) -> int:
+  """Which answer to one problem a vote chooses: the best of those that agree with most weight.
 
   Args:
-    paths: each with one vote, one that was found twice with two.
-    values: the PRM's probabilities of the steps of each; their product is what a vote weighs.
-    steps: delimits them.
-
-  Returns:
-    Of the paths to the program with most weight the one whose worst step is best; () without paths.
+    programs: what each answer comes to; equal ones vote together, and None has no vote.
+    weights: of each answer's vote.
+    ties: decides among the answers that are elected together, and between equal weights.
   """
-  if not paths:
-    return ()
-  programs = [steps.split(path)[-1] for path in paths]
-  weight = dict.fromkeys(programs, 0.0)
-  for program, each in zip(programs, values, strict=True):
-    weight[program] += math.prod(each)
-  rank = [(weight[program], min(each)) for program, each in zip(programs, values, strict=True)]
-  return paths[max(range(len(paths)), key=rank.__getitem__)]
+  total = dict.fromkeys(programs, 0.0)
+  for program, weight in zip(programs, weights, strict=True):
+    total[program] += weight
+  total[None] = -1.0
+  rank = [(total[program], tie) for program, tie in zip(programs, ties, strict=True)]
+  return max(range(len(rank)), key=rank.__getitem__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +129,10 @@ def _voted(run: Run, policy: Any, prm: Any, problems: Sequence[Problem], seed: i
     forest = grow(params, prompts, worst, seed=seed, ids=name_ids(problems))
     whole = [(r.problem, r.path) for r in forest.rollouts if not math.isnan(r.value)]
     values = scorer.of_steps(whole)
-  by_problem: list[tuple[list, list]] = [([], []) for _ in problems]
-  for (problem, path), each in zip(whole, values, strict=True):
-    by_problem[problem][0].append(path)
-    by_problem[problem][1].append(each)
-  paths = [elected(*found, steps) for found in by_problem]
-  return Found(paths, forest.generated, scorer.scored)
+  answers: list[Tokens] = [()] * len(problems)
+  for problem in {p for p, _ in whole}:
+    own = [i for i, (p, _) in enumerate(whole) if p == problem]
+    programs = [steps.split(whole[i][1])[-1] for i in own]
+    best = elected(programs, [math.prod(values[i]) for i in own], [min(values[i]) for i in own])
+    answers[problem] = whole[own[best]][1]
+  return Found(answers, forest.generated, scorer.scored)
