@@ -18,6 +18,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from o1jax.learn.prm_metrics import auc_lead
+from o1jax.stages.report import judged_rows
+
 RESAMPLES = 2000
 
 
@@ -95,11 +98,21 @@ def pooled_gains(runs: dict[int, dict]) -> list[dict]:
   return found
 
 
-def judged(row: dict) -> list[tuple[str, dict]]:
-  """Whose trees a round's PRM judged, and how."""
-  found = [('the searching policy', row), ('the fine-tuned policy', row['tuned'])]
-  if 'renewed' in row:
-    found += [('the policy behind RL', row['improved']), ('the same, PRM renewed', row['renewed'])]
+def pooled_prms(runs: dict[int, dict]) -> dict[tuple[int, str], dict]:
+  """Of each round and policy the AUC over the pairs of all seeds; problems are resampled."""
+  found = {}
+  for row in next(iter(runs.values()))['prm']:
+    for whose, _ in judged_rows(row):
+      same = [dict(judged_rows(run['prm'][row['round']]))[whose] for run in runs.values()]
+      ours, theirs, all_ = np.sum([part['wins'] for part in same], axis=0).T
+      sides = np.stack([ours, all_], axis=1), np.stack([theirs, all_], axis=1)
+      lead, ci95 = auc_lead(*sides, RESAMPLES)
+      found[row['round'], whose] = {
+        'sibling_auc': float(ours.sum() / all_.sum()),
+        'logprob_sibling_auc': float(theirs.sum() / all_.sum()),
+        'lead': lead,
+        'ci95': ci95,
+      }
   return found
 
 
@@ -115,14 +128,23 @@ def other_tables(runs: dict[int, dict], stages: dict[int, dict[str, dict]]) -> N
     ],
   )
   keys = ('sibling_auc', 'logprob_sibling_auc', 'pair_accuracy', 'logprob_pair_accuracy')
+  head = ('sibling AUC', 'log-prob', 'pair accuracy', 'log-prob', 'AUC over log-prob, 95 %')
   table(
     'Process reward model',
-    ('seed', 'round', 'roll-outs of', 'sibling AUC', 'log-prob', 'pair accuracy', 'log-prob'),
+    ('seed', 'round', 'roll-outs of', *head),
     [
-      (seed, r['round'], whose, *(part[key] for key in keys))
+      (seed, r['round'], whose, *(part[key] for key in keys), ranged(part['lead_ci95']))
       for seed, run in runs.items()
       for r in run['prm']
-      for whose, part in judged(r)
+      for whose, part in judged_rows(r)
+    ],
+  )
+  table(
+    'Process reward model, all seeds',
+    ('round', 'roll-outs of', 'sibling AUC', 'log-prob', 'over log-prob', '95 %'),
+    [
+      (*place, *(r[key] for key in keys[:2]), r['lead'], ranged(r['ci95']))
+      for place, r in pooled_prms(runs).items()
     ],
   )
   keys = ('greedy', 'majority', 'logprob', 'search_prm', 'lead_over_best')
@@ -222,7 +244,7 @@ def main() -> None:
     'peak_memory_bytes': max(run['peak_memory_bytes'] for run in runs.values()),
     'policy': pooled,
     'final_over_base': {k: round(last[k] / base[k], 2) for k in ('greedy', 'sampled')},
-    'prm_sibling_auc': [[r['sibling_auc'] for r in run['prm']] for run in runs.values()],
+    'prm': [{'round': i, 'of': whose} | r for (i, whose), r in pooled_prms(runs).items()],
     'tcg_correct': [run['tcg'][-1]['correct'] for run in runs.values()],
   }
   print(f'\n{json.dumps(result)}')

@@ -20,6 +20,7 @@ def loop(run) -> dict[str, Any]:
   from o1jax.stages.control import expert_iteration
   from o1jax.stages.policy_sft import finetune_policy
   from o1jax.stages.prm import train_prm
+  from o1jax.stages.prm_rollouts import sample_tuned, sample_unseen
   from o1jax.stages.report import (
     Candidate,
     Judged,
@@ -29,20 +30,22 @@ def loop(run) -> dict[str, Any]:
     tcg_rows,
   )
   from o1jax.stages.rl import improve_policy
-  from o1jax.stages.synthesis import sample_tuned, synthesize
+  from o1jax.stages.synthesis import synthesize
   from o1jax.stages.tcg import train_tcg, write_tests
 
-  policy, prm, found = run.base, None, []
+  policy, prm, found, unseen = run.base, None, [], []
   policies, judged = [Candidate('base', policy)], []
   tcg = train_tcg(run)  # step 1: a model that writes test cases
   tests = write_tests(run, tcg)  # and what it writes, confirmed by the references
-  for round_ in range(run.config.run.rounds):
+  rounds = run.config.run.rounds
+  for round_ in range(rounds):
     searcher, renewed = policy, None
     found += synthesize(run, round_, searcher, prm, found)  # steps 2 and 6: search, execute
     tuned = finetune_policy(run, round_, searcher, found)  # step 3: learn verified paths
     policies.append(Candidate(f'round{round_}/sft', tuned))
     found += sample_tuned(run, round_, tuned)
-    first = prm = train_prm(run, round_, tuned, found)  # step 4: learn to judge a step
+    unseen += sample_unseen(run, round_, tuned)  # from these, only the PRM learns
+    first = prm = train_prm(run, round_, tuned, found + unseen)  # step 4: learn to judge a step
     known = list(found)
     policy, rollouts = improve_policy(run, round_, tuned, prm, tests, known)  # step 5
     policies.append(Candidate(f'round{round_}/rl', policy))
@@ -52,8 +55,9 @@ def loop(run) -> dict[str, Any]:
       seed = run.config.run.seed
       control = expert_iteration(run, tuned, known, spent, seed=seed)
       policies.append(Candidate('control/expert_iteration', control))
-    if run.config.prm.renew:  # the policy has outgrown the PRM that it learnt from
-      renewed = prm = train_prm(run, round_, policy, found, renewed=True)
+    if run.config.prm.renews(round_, rounds):  # the policy has outgrown the PRM it learnt from
+      unseen += sample_unseen(run, round_, policy, renewed=True)
+      renewed = prm = train_prm(run, round_, policy, found + unseen, renewed=True)
     judged.append(Judged(first, renewed, searcher, tuned, policy))
   rows = {
     'policy': policy_rows(run, policies),

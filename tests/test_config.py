@@ -95,6 +95,35 @@ def test_did_you_mean(write, override, meant):
   assert fault.endswith(f'no such key; did you mean {meant}?')
 
 
+def test_a_key_of_several_types_is_one_fault(write):
+  found = faults(write(''), 'mesh.sampling=most', 'prm.renew=never', 'rl.lrr=1')
+  assert found == [
+    "mesh.sampling='most': expected 'auto' or 'train' or a valid integer, unable to parse string "
+    'as an integer',
+    "prm.renew='never': expected 'last' or a valid boolean, unable to interpret input",
+    'rl.lrr=1: no such key; did you mean rl.lr?',
+  ]
+  (fault,) = faults(write('mesh: {sampling: 0}'))
+  assert fault.startswith('mesh.sampling=0: expected')
+
+
+def test_a_prm_is_renewed_behind_every_or_the_last_round(write):
+  renewed = lambda value: [  # noqa: E731
+    config_lib.load(write(f'prm: {{renew: {value}}}')).prm.renews(i, 3) for i in range(3)
+  ]
+  assert renewed('true') == [True] * 3
+  assert renewed('false') == [False] * 3
+  assert renewed('last') == [False, False, True]
+
+
+def test_held_back_problems_are_tried(write):
+  (fault,) = faults(write('data: {judge_problems: 9}'))
+  assert (
+    fault
+    == 'data.judge_problems=9 are tried prm.samples=0 times each; set prm.samples to 16, or so'
+  )
+
+
 def test_relation_names_values_and_remedy(write):
   (fault,) = faults(write('rl: {minibatch: 100}'))
   assert fault == 'rl.minibatch=100 does not divide rl.problems*rl.group=384; use 96'

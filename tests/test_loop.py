@@ -98,7 +98,8 @@ def test_the_six_steps_run_and_run_again_for_nothing(whole):
   assert [row['stage'] for row in summary['policy']][:3] == ['base', 'round0/sft', 'round0/rl']
   assert [row['stage'] for row in summary['tcg']] == ['base', 'sft', 'sft_control', 'dpo']
   assert [row['round'] for row in summary['prm']] == [0, 1]
-  for row in summary['prm']:  # both PRMs on the trees of the policy behind RL
+  assert 'renewed' not in summary['prm'][0]
+  for row in summary['prm'][1:]:  # both PRMs on the trees of the policy behind RL
     assert row['improved']['pairs'] == row['renewed']['pairs']
     assert row['improved']['logprob_auc'] == row['renewed']['logprob_auc']
     assert row['improved']['log_loss'] != row['renewed']['log_loss']

@@ -92,6 +92,26 @@ def test_the_stage_compares_siblings_with_the_log_probability(seed):
     }
     for name, value in expected.items():
       np.testing.assert_allclose(told[prefix + name], np.nan_to_num(value), rtol=1e-9, err_msg=name)
+  lead = told['sibling_auc'] - told['logprob_sibling_auc']
+  np.testing.assert_allclose(told['sibling_auc_lead'], lead, atol=1e-12)
+  won = np.sum(told['wins'], axis=0)
+  expected = told['sibling_auc'], told['logprob_sibling_auc']
+  np.testing.assert_allclose(won[:2] / max(won[2], 1), expected, atol=1e-12)
+  assert len(told['wins']) == len(problems)
+
+
+def test_the_lead_is_resampled_by_problem():
+  # Two pairs of the first problem and one of the second; the third has none.
+  ours, theirs = np.array([[2.0, 2], [0.0, 1], [0.0, 0]]), np.array([[0.0, 2], [1.0, 1], [0.0, 0]])
+  lead, (low, high) = prm_metrics.auc_lead(ours, theirs, 2000)
+  assert lead == 1 / 3
+  assert (low, high) == (-1.0, 1.0)  # draws of the second problem alone, and of the first
+  assert prm_metrics.auc_lead(ours, ours, 100) == (0.0, (0.0, 0.0))
+  none = np.zeros((2, 2))
+  assert np.isnan(prm_metrics.auc_lead(none, none, 100)[0])
+  many = np.tile(ours[:2], (500, 1)), np.tile(theirs[:2], (500, 1))
+  lead, (low, high) = prm_metrics.auc_lead(*many, 2000)
+  assert 0.2 < low < lead < high < 0.45
 
 
 def test_a_shift_of_whole_groups_spoils_the_pooled_auc_and_not_the_one_within():

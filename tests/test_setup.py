@@ -55,6 +55,25 @@ def test_prompts_that_do_not_fit_are_left_out_and_the_count_is_filled(hub, sourc
   assert "1 spell out a special token (train5 spells out '<|im_" in said
 
 
+def test_the_last_train_problems_are_held_back_for_the_prm(hub, source):
+  few = {'tcg': {'problems': 1}, 'rl': {'problems': 1, 'minibatch': 8}, 'prm': {'samples': 2}}
+
+  def split(**data):
+    given = config.check({'data': {'source': str(source), **data}, **few})
+    found = setup.read_split(given, 'train', PathEncoder(Tokenizer(hub)))
+    return [[p.id for p in part] for part in setup.held_back(given, found)]
+
+  assert split(train_problems=3) == [['train0', 'train1', 'train3'], []]
+  held = split(train_problems=3, judge_problems=2)
+  assert held == [['train0', 'train1', 'train3'], ['train4', 'train6']]
+  # Of fewer than are asked for, the policy has what is left.
+  assert split(train_problems=40, judge_problems=3)[1] == ['train7', 'train8', 'train9']
+  with pytest.raises(
+    ConfigError, match=r'judge_problems=5 of the 8 train problems of .* leave 3 to'
+  ):
+    split(train_problems=40, judge_problems=5)
+
+
 def test_the_run_is_refused_if_none_is_left(hub, source):
   with pytest.raises(ConfigError, match=r'dev: 10 problems left out: 10 have more than.*=3 tokens'):
     read(source, hub, 'dev', max_prompt_tokens=3)

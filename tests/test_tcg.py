@@ -64,6 +64,7 @@ def run(tmp_path, tokenizer, executor):
       train=PROBLEMS[:6],
       dev=PROBLEMS[6:9],
       test=PROBLEMS[9:],
+      judge=(),
       executor=executor,
       wanted=frozenset({'tcg'}),
     )

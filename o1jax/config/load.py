@@ -166,7 +166,7 @@ def _resolve(
   defaults = schema().model_dump()
   raw = _merge(defaults, given)
   faulty: set[str] = set()
-  config, errors = _validate(schema, raw)
+  config, errors = _validate(schema, raw, defaults)
   while errors:
     concerned = [_concerned(error, defaults) for error in errors]
     for error, keys in zip(errors, concerned, strict=True):
@@ -176,19 +176,44 @@ def _resolve(
     for key in set().union(*concerned):
       _reset(raw, defaults, key.split('.'))
       faulty.add(key)
-    config, errors = _validate(schema, raw)
+    config, errors = _validate(schema, raw, defaults)
   faults += _missing_files(raw) if need_files else ()
   if faults:
     raise ConfigError(source, faults)
   return config
 
 
-def _validate(schema: type[SectionT], raw: Mapping[str, Any]) -> tuple[SectionT | None, list[Any]]:
-  """The config, or pydantic's errors about it."""
+def _validate(
+  schema: type[SectionT], raw: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> tuple[SectionT | None, list[Any]]:
+  """The config, or pydantic's errors about it, one a key."""
   try:
     return schema.model_validate(raw), []
   except pydantic.ValidationError as error:
-    return None, error.errors(include_url=False)
+    return None, _by_key(error.errors(include_url=False), defaults)
+
+
+def _by_key(errors: Sequence[Any], defaults: Mapping[str, Any]) -> list[Any]:
+  """The errors with those of a key's several types joined: pydantic has one for each type."""
+  found: list[Any] = []
+  several: dict[tuple, Any] = {}  # by key, the error of its types together
+  for error in errors:
+    inner: Any = defaults
+    length = 0
+    for name in error['loc']:
+      if not isinstance(inner, Mapping):
+        break  # the name is that of one of the key's types
+      inner = inner.get(name)
+      length += 1
+    loc = error['loc'][:length]
+    if length == len(error['loc']):
+      found.append(error)
+    elif loc in several:
+      several[loc]['msg'] += error['msg'].replace('Input should be', ' or')
+    else:
+      several[loc] = {**error, 'loc': loc}
+      found.append(several[loc])
+  return found
 
 
 def _describe(error: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:

@@ -125,6 +125,9 @@ class DataConfig(Section):
   # Train problems of a round: the next ones in each, around again at the end. It searches these; RL
   # draws from those of earlier rounds too. What is known for long leaves little to find. 0: all.
   per_round: Natural = 0
+  # Further train problems, which the PRM alone learns from: `prm.samples` roll-outs of each policy
+  # that it judges. On problems that it was trained on a policy hardly shows what it gets wrong.
+  judge_problems: Natural = 0
   dev_problems: Count = 200
   test_problems: Count = 500
   max_prompt_tokens: Count = 96
@@ -145,6 +148,7 @@ class EvalConfig(Section):
   search_temperature: Positive = 0.7  # of a tree's roll-outs
   search_lead: Natural = 0  # votes that a program is ahead by ends a tree early; 0: all simulations
   search_prior: NonNegative = 0.0  # weight of a step's log-prob beside the PRM's log-odds (guided)
+  prm_problems: Count = 200  # of the test problems, whose trees of roll-outs judge the PRM
   bootstrap: Count = 1000  # resamples of an interval
   sampling_control: bool = True  # synthesis beside plain sampling at equal tokens
   test_time: bool = True  # majority, best-of-n and search with the PRM
@@ -206,6 +210,9 @@ class Config(Section):
     if self.rl.problems > getattr(self.data, first):
       text = f'rl.problems={self.rl.problems} exceeds data.{first}={getattr(self.data, first)}'
       yield ('rl.problems', f'data.{first}'), f'{text}; use at most that'
+    if self.data.judge_problems and not self.prm.samples:
+      text = f'data.judge_problems={self.data.judge_problems} are tried prm.samples=0 times each'
+      yield ('data.judge_problems', 'prm.samples'), f'{text}; set prm.samples to 16, or so'
     if self.data.per_round > self.data.train_problems:
       text = f'data.per_round={self.data.per_round} exceeds data.train_problems'
       keys = ('data.per_round', 'data.train_problems')

@@ -93,6 +93,46 @@ def within_group_auc(scores: np.ndarray, good: np.ndarray, groups: np.ndarray) -
   return _order(scores, values, groups, margin=0.0)
 
 
+def wins(
+  scores: np.ndarray, good: np.ndarray, groups: np.ndarray, problems: np.ndarray, count: int
+) -> np.ndarray:
+  """What `within_group_auc` is made of: [count, 2] float64, pairs won and pairs of each problem.
+
+  Args:
+    scores: [N], any that only need an order within a group.
+    good: [N] bool.
+    groups: [N] ids; a group belongs to one problem.
+    problems: [N] numbers below `count`.
+    count: problems, also those without a pair.
+  """
+  better, worse = pairs(np.asarray(good, np.float64), groups)
+  scores, of = np.asarray(scores, np.float64), np.asarray(problems)[better]
+  won = _won(scores[better], scores[worse])
+  return np.stack([np.bincount(of, x, count) for x in (won, np.ones_like(won))], axis=1)
+
+
+def auc_lead(
+  ours: np.ndarray, theirs: np.ndarray, resamples: int
+) -> tuple[float, tuple[float, float]]:
+  """By how much one `within_group_auc` is above another, and the 95 % interval of it.
+
+  Problems are resampled, each with all of its pairs. NaN where there is no pair.
+
+  Args:
+    ours: [P, 2] of `wins`.
+    theirs: [P, 2] of `wins` over the same pairs.
+    resamples: of the bootstrap.
+  """
+  lead = np.stack([ours[:, 0] - theirs[:, 0], ours[:, 1]], axis=1)
+  rng = np.random.default_rng(0)
+  picks = rng.integers(0, len(lead), (resamples, len(lead)))
+  with np.errstate(invalid='ignore'):
+    mean, drawn = (x[..., 0] / x[..., 1] for x in (lead.sum(axis=0), lead[picks].sum(axis=1)))
+  drawn = drawn[np.isfinite(drawn)]  # of few pairs a draw can have none
+  low, high = np.percentile(drawn, [2.5, 97.5]) if drawn.size else (mean, mean)
+  return float(mean), (float(low), float(high))
+
+
 def pair_accuracy(
   scores: np.ndarray, values: np.ndarray, groups: np.ndarray, margin: float = 0.0
 ) -> float:
@@ -134,7 +174,12 @@ def _matched(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
 def _order(scores: np.ndarray, values: np.ndarray, groups: np.ndarray, margin: float) -> float:
   scores, values = _matched(scores, values)
   better, worse = (scores[steps] for steps in pairs(values, groups, margin))
-  return float(np.mean((better > worse) + 0.5 * (better == worse))) if len(better) else float('nan')
+  return float(np.mean(_won(better, worse))) if len(better) else float('nan')
+
+
+def _won(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
+  """1 for each pair in the order of its values, half for a tie of scores."""
+  return (better > worse) + 0.5 * (better == worse)
 
 
 def _members(groups: np.ndarray) -> list[np.ndarray]:

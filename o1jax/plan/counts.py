@@ -10,7 +10,7 @@ import math
 
 from o1jax.config import Config
 from o1jax.plan.step import Step
-from o1jax.stages import prm, report
+from o1jax.stages import prm
 
 
 def trained(config: Config) -> dict[str, int]:
@@ -41,11 +41,11 @@ def sampled(config: Config) -> dict[str, int]:
   rollouts = config.rl.iterations * config.rl.rows
   trainings = 2 * rounds + config.rl.control
   prms = _prms(config)
-  judged = min(report.PRM_PROBLEMS, config.data.test_problems)
+  judged = min(config.eval.prm_problems, config.data.test_problems)
   found = {
     'search': new * (uct + (rounds - 1) * later),
     'search control': new * (rounds - 1) * later if guided and config.eval.sampling_control else 0,
-    'prm': new * config.prm.samples * rounds,
+    'prm': (new * rounds + config.data.judge_problems * prms) * config.prm.samples,
     'rl': rollouts * rounds,
     'rl control': rollouts if config.rl.control else 0,
     'dev': trainings * evaluated * config.data.dev_problems,
@@ -89,16 +89,23 @@ def calls(config: Config, steps: list[Step]) -> dict[str, float]:
   found |= {'rl/logprobs': once * reads, 'rl/values': once}
   paths = sampled(config)
   scored = paths['rl'] + paths['prm dev'] + paths['prm test']
-  if config.prm.renew:  # two PRMs judge the steps of the policy behind RL
-    scored += paths['prm test'] / 3
+  if renewed := _renewed(config):  # two PRMs judge the steps of the policy behind RL
+    each = min(config.eval.prm_problems, config.data.test_problems) * prm.SAMPLES
+    scored += renewed * each
   if 'prm/scores' in by_name:
     found['prm/scores'] = scored / by_name['prm/scores'].rows
   return {name: float(n) for name, n in found.items() if name in by_name}
 
 
 def _prms(config: Config) -> int:
-  """PRMs that are trained: one a round, and one behind its RL where they are renewed."""
-  return config.run.rounds * (1 + config.prm.renew)
+  """PRMs that are trained: one a round, and one behind its RL where it is renewed."""
+  return config.run.rounds + _renewed(config)
+
+
+def _renewed(config: Config, before_last: bool = False) -> int:
+  """PRMs that are made anew, over all rounds or without the last."""
+  rounds = config.run.rounds
+  return sum(config.prm.renews(round_, rounds) for round_ in range(rounds - before_last))
 
 
 def _descent(config: Config, children: int) -> float:
@@ -127,7 +134,7 @@ def kept(config: Config, step: str) -> dict[str, int]:
   of the base model where no role shares it, 'moments' are those of RL while it samples.
   """
   before, control = config.run.rounds - 1, int(config.rl.control and config.run.rounds > 1)
-  renewed = before * config.prm.renew
+  renewed = _renewed(config, before_last=True)
   if step.startswith('tcg/'):
     return {'base': 1, 'tcg': int(step in ('tcg/dpo', 'tcg/control'))}
   found = {'base': 1, 'tcg': 1, 'policy': 2 * before + control, 'prm': before + renewed}
@@ -135,7 +142,7 @@ def kept(config: Config, step: str) -> dict[str, int]:
     return found
   found['policy'] += 1
   if step == 'prm':  # the last: behind RL, where it is made anew there
-    return found | {name: found[name] + config.prm.renew for name in ('policy', 'prm')}
+    return found | {name: found[name] + (_renewed(config) > renewed) for name in ('policy', 'prm')}
   if step.startswith('rl'):  # the state's own parameters are arguments
     found['prm'] += 1
   # What samples or scores within RL has the whole state of it beside, but for its own arguments.

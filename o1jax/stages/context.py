@@ -56,6 +56,7 @@ class Run:
   train: tuple[Problem, ...]
   dev: tuple[Problem, ...]
   test: tuple[Problem, ...]
+  judge: tuple[Problem, ...]  # train problems for the PRM alone
   executor: Executor
   wanted: frozenset[str]  # names from --stages; the others must be finished already
 

@@ -73,7 +73,7 @@ def train_prm(
     seed = run.config.run.seed * 1000 + round_
     rng = np.random.default_rng(seed)
     trees = by_problem(found if config.returns == 'terminal' else accepted_returns(found))
-    problems = {p.id: p for p in run.train}
+    problems = {p.id: p for p in (*run.train, *run.judge)}
     rows = step_batches(
       trees,
       problems,
@@ -202,8 +202,10 @@ def sibling_metrics(
   over all (good, bad) sibling pairs of a prefix, ties count half; pair accuracy is
   over siblings whose mean returns differ by more than `prm.pair_margin`; `auc` is over all steps
   of all problems, and also tells easy problems from hard ones. All are 0 where there is nothing
-  to compare. Log-loss (nats a step), accuracy and the calibration curve (`[predicted, observed]`,
-  0 in an empty bin) compare r of every step with its mean return.
+  to compare. `sibling_auc_lead` is how far the PRM's stands above the log-prob's, `lead_ci95` its
+  interval, problems resampled, and `wins` what it is made of: of each problem pairs won by the
+  PRM, by the log-prob, and all. Log-loss (nats a step), accuracy and the calibration curve
+  (`[predicted, observed]`, 0 in an empty bin) compare r of every step with its mean return.
 
   Args:
     run: the run.
@@ -219,7 +221,8 @@ def sibling_metrics(
   for (problem_id, path), values in zip(where, scored, strict=True):
     scores |= {(problem_id, path[:j]): v for j, v in enumerate(values, start=1)}
   if not scores:
-    return {'pairs': 0} | {prefix + name: 0.0 for prefix in ('', 'logprob_') for name in _ORDERS}
+    none = {'pairs': 0, 'sibling_auc_lead': 0.0, 'lead_ci95': [0.0, 0.0], 'wins': []}
+    return none | {prefix + name: 0.0 for prefix in ('', 'logprob_') for name in _ORDERS}
   numbers: dict[tuple[str, tuple], int] = {}
   parents = [numbers.setdefault((i, prefix[:-1]), len(numbers)) for i, prefix in scores]
   seen = np.array([trees[i].nodes[prefix].value for i, prefix in scores])
@@ -227,6 +230,15 @@ def sibling_metrics(
   sampled = np.array([logprobs[key] for key in scores])
   margin = run.config.prm.pair_margin
   found: dict[str, Any] = {'pairs': len(prm_metrics.pairs(seen, parents, margin)[0])}
+  places = {p.id: i for i, p in enumerate(problems)}
+  of, count = [places[i] for i, _ in scores], len(problems)
+  ours, theirs = (prm_metrics.wins(x, seen > 0, parents, of, count) for x in (said, sampled))
+  lead, ci95 = prm_metrics.auc_lead(ours, theirs, run.config.eval.bootstrap)
+  found |= {
+    'sibling_auc_lead': float(np.nan_to_num(lead)),
+    'lead_ci95': np.nan_to_num(ci95).tolist(),
+    'wins': np.column_stack([ours[:, 0], theirs]).tolist(),
+  }
   for prefix, judged in (('', said), ('logprob_', sampled)):
     orders = (
       prm_metrics.within_group_auc(judged, seen > 0, parents),

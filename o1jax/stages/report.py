@@ -16,7 +16,6 @@ from o1jax.stages.tcg import tcg_table
 from o1jax.stages.test_time import elected, searched
 
 SEED = 77  # of the report's samples, the same for every policy
-PRM_PROBLEMS = 200  # held-out problems whose trees judge the PRM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +90,7 @@ def prm_row(run: Run, round_: int, models: Judged) -> dict[str, Any]:
   """
 
   def body() -> dict[str, Any]:
-    problems = run.test[:PRM_PROBLEMS]
+    problems = run.test[: run.config.eval.prm_problems]
 
     def judged(policy: Any, *prms: Any) -> list[dict[str, Any]]:
       trees = held_out_trees(run, policy, problems, seed=SEED + 1)
@@ -177,17 +176,15 @@ def show(run: Run, summary: dict[str, Any]) -> None:
   progress.table(
     'Test-case generator', tcg_keys, [[r[k] for k in tcg_keys] for r in summary['tcg']]
   )
-  prm_keys = (
-    'round',
-    'sibling_auc',
-    'logprob_sibling_auc',
-    'pair_accuracy',
-    'logprob_pair_accuracy',
-  )
+  prm_keys = ('sibling_auc', 'logprob_sibling_auc', 'pair_accuracy', 'logprob_pair_accuracy')
   progress.table(
     'Process reward model, siblings within a problem',
-    prm_keys,
-    [[r[k] for k in prm_keys] for r in summary['prm']],
+    ('round', 'roll-outs of', *prm_keys, 'AUC over log-prob'),
+    [
+      (row['round'], whose, *(r[k] for k in prm_keys), _lead(r))
+      for row in summary['prm']
+      for whose, r in judged_rows(row)
+    ],
   )
   search_keys = (
     'policy',
@@ -203,6 +200,19 @@ def show(run: Run, summary: dict[str, Any]) -> None:
     search_keys,
     [[r[k] for k in search_keys] for r in summary['search']],
   )
+
+
+def judged_rows(row: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+  """Whose roll-outs a round's PRM judged, and how, from a row of `prm_row`."""
+  found = [('the searching policy', row), ('the fine-tuned policy', row['tuned'])]
+  if 'renewed' in row:
+    found += [('the policy behind RL', row['improved']), ('the same, PRM renewed', row['renewed'])]
+  return found
+
+
+def _lead(row: Mapping[str, Any]) -> str:
+  low, high = row['lead_ci95']
+  return f'{row["sibling_auc_lead"]:+.3f} [{low:+.3f}, {high:+.3f}]'
 
 
 def _flat(stage: str) -> str:

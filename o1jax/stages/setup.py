@@ -128,7 +128,30 @@ def _base(config: Config, mesh: Mesh) -> Any:
 
 
 def _splits(config: Config, encoder: PathEncoder) -> dict[str, tuple[Problem, ...]]:
-  return {name: read_split(config, name, encoder) for name in ('train', 'dev', 'test')}
+  found = {name: read_split(config, name, encoder) for name in ('train', 'dev', 'test')}
+  train, judge = held_back(config, found['train'])
+  return found | {'train': train, 'judge': judge}
+
+
+def held_back(
+  config: Config, problems: tuple[Problem, ...]
+) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
+  """Train problems for all, and those for the PRM alone: the last `data.judge_problems`.
+
+  Raises:
+    ConfigError: there are hardly more than are held back.
+  """
+  data = config.data
+  count = len(problems) - data.judge_problems
+  if data.judge_problems and count < min(data.judge_problems, data.train_problems):
+    raise ConfigError(
+      'data',
+      [
+        f'data.judge_problems={data.judge_problems} of the {len(problems)} train problems of '
+        f'data.source={data.source!r} leave {count} to the policy; lower it'
+      ],
+    )
+  return problems[:count], problems[count:]
 
 
 def step_bytes(config: Config, model: Model) -> int:
@@ -300,6 +323,7 @@ def read_split(config: Config, name: str, encoder: PathEncoder) -> tuple[Problem
     return f'{name}: {len(long) + len(tagged)} problems left out: {"; ".join(texts)}'
 
   count = getattr(config.data, f'{name}_problems')
+  count += config.data.judge_problems if name == 'train' else 0
   try:
     found = load_split(config.data.source, name, count, seed=0, usable=usable)
   except (ValueError, OSError) as error:

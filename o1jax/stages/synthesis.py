@@ -117,29 +117,6 @@ def synthesize(
   return [stepwise.from_row(row) for row in chunks.rows()]
 
 
-def sample_tuned(run: Run, round_: int, policy: Any) -> list[Trajectory]:
-  """`prm.samples` roll-outs of the fine-tuned policy for each of the round's problems, judged."""
-  name, samples = f'round{round_}/rollouts/prm', run.config.prm.samples
-  if not samples:
-    return []
-  chunks = run.bench.store.chunks(name, 'trajectories')
-
-  def body() -> dict[str, Any]:
-    new = run.new_problems(round_)
-    seed = run.config.run.seed * 1000 + round_ + 700
-    drawn = answer(run, policy, new, SAMPLE, samples=samples, seed=seed)
-    repeated = [p for p in new for _ in range(samples)]
-    paths = [path for each in drawn.paths for path in each]
-    found = as_trajectories(run, repeated, paths, origin=name, version=round_)
-    prompts = {p.id: steps_lib.prompt_of(p.statement) for p in new}
-    chunks.write(0, [stepwise.to_row(t, prompts[t.problem_id]) for t in found])
-    solved = {t.problem_id for t in found if t.accepted}
-    return {'trajectories': len(found), 'solved': len(solved), 'tokens': drawn.generated}
-
-  run.stage(name, 'roll-outs of the fine-tuned policy', body)
-  return [stepwise.from_row(row) for row in chunks.rows()]
-
-
 def _summary(run: Run, round_: int, policy: Any, chunks, prm, before: set[str]) -> dict[str, Any]:
   rows = list(chunks.rows())
   solved = {r['problem_id'] for r in rows if r['status'] == 'accepted'}
