@@ -45,7 +45,6 @@ BEFORE = (  # stages that a variant's RL stands on
   'round0/rollouts/prm',
   'round0/prm',
 )
-UNSEEN = 'round0/unseen/prm'  # of a run with `data.judge_problems`
 ROW = 'stages/test_round0_rl/report/done.json'
 SPENT = 'stages/round0/rl/done.json'
 
@@ -60,8 +59,7 @@ def prepared(source: pathlib.Path, folder: pathlib.Path) -> None:
     return
   half = folder.with_name(f'{folder.name}.half')
   shutil.rmtree(half, ignore_errors=True)
-  with_judge = (source / 'stages' / UNSEEN / 'done.json').exists()
-  for stage in (*BEFORE, UNSEEN) if with_judge else BEFORE:
+  for stage in BEFORE:
     if not (source / 'stages' / stage / 'done.json').exists():
       raise SystemExit(f'{source}: {stage} is not finished; run benchmarks/loop.py first')
     shutil.copytree(source / 'stages' / stage, half / 'stages' / stage)

@@ -5,7 +5,7 @@
 
 RUN are folders of finished runs (`python -m o1jax.train --config configs/quickstart.yaml`), one a
 seed; they are only read. The base and the SFT policy of round 0 are searched with round 0's PRM,
-the last policy with the PRM that it learnt from, and where there is one (`prm.renew=true`) with
+the last policy with the PRM that it learnt from, and where there is one (`prm.renew`) with
 that made after it. A rule finds whole paths within a budget of generated tokens and answers with
 the one that the PRM likes best: no program is executed before it is judged. The baselines get as
 many samples as fit into what the costliest rule has drawn, rounded up, at temperature 1 and, as

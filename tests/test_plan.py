@@ -287,12 +287,12 @@ def test_counts_of_a_small_run():
   assert counts.trained(renewing)['prm'] == 2 * counts.trained(config)['prm']
   more = counts.sampled(renewing)
   assert more['prm test'] == 3 * 32 * 7 and more['prm dev'] == 2 * 32 * 5
-  last = config.prm.model_copy(update={'renew': 'last', 'samples': 4})
+  last = config.prm.model_copy(update={'renew': 'last', 'samples': 4, 'renew_steps': 7})
   rounds = config.run.model_copy(update={'rounds': 3})
   judge = config.data.model_copy(update={'judge_problems': 20})
   held = config.model_copy(update={'prm': last, 'run': rounds, 'data': judge})
-  assert counts.trained(held)['prm'] == 4 * config.prm.optim.steps
-  assert counts.sampled(held)['prm'] == 4 * (3 * 10 + 4 * 20)
+  assert counts.trained(held)['prm'] == 3 * config.prm.optim.steps + 7
+  assert counts.sampled(held)['prm'] == 4 * (3 * 10 + 20)
   assert counts.kept(held, 'rl')['prm'] == 3 and counts.kept(held, 'prm')['prm'] == 3
   told = {'test_time': True, 'search': 'voted', 'search_children': 2, 'search_simulations': 5}
   voted = config.model_copy(update={'eval': config.eval.model_copy(update=told)})

@@ -22,8 +22,8 @@ def run(tmp_path):
 
 def test_unseen_problems_are_tried_in_chunks_and_gone_on_with(run, monkeypatch):
   monkeypatch.setattr(prm_rollouts, 'CHUNK', 2)
-  found = prm_rollouts.sample_unseen(run, 1, run.base, renewed=True)
-  name = 'round1/renewed/unseen/prm'
+  found = prm_rollouts.sample_unseen(run, 1, run.base)
+  name = 'round1/unseen/prm'
   assert {t.problem_id for t in found} == {p.id for p in run.judge} and len(run.judge) == 5
   assert {t.origin for t in found} == {name} and 12 <= len(found) <= 15
   told = run.bench.store.done(name)
@@ -34,7 +34,7 @@ def test_unseen_problems_are_tried_in_chunks_and_gone_on_with(run, monkeypatch):
   (chunks / '00001.jsonl').unlink()
   run.bench.store.path(name, 'done.json').unlink()
   first = (chunks / '00000.jsonl').stat().st_mtime_ns
-  assert prm_rollouts.sample_unseen(run, 1, run.base, renewed=True) == found
+  assert prm_rollouts.sample_unseen(run, 1, run.base) == found
   assert (chunks / '00000.jsonl').stat().st_mtime_ns == first
 
 

@@ -56,7 +56,11 @@ def test_prompts_that_do_not_fit_are_left_out_and_the_count_is_filled(hub, sourc
 
 
 def test_the_last_train_problems_are_held_back_for_the_prm(hub, source):
-  few = {'tcg': {'problems': 1}, 'rl': {'problems': 1, 'minibatch': 8}, 'prm': {'samples': 2}}
+  few = {
+    'tcg': {'problems': 1},
+    'rl': {'problems': 1, 'minibatch': 8},
+    'prm': {'samples': 2, 'renew': 'last'},
+  }
 
   def split(**data):
     given = config.check({'data': {'source': str(source), **data}, **few})

@@ -125,8 +125,8 @@ class DataConfig(Section):
   # Train problems of a round: the next ones in each, around again at the end. It searches these; RL
   # draws from those of earlier rounds too. What is known for long leaves little to find. 0: all.
   per_round: Natural = 0
-  # Further train problems, which the PRM alone learns from: `prm.samples` roll-outs of each policy
-  # that it judges. On problems that it was trained on a policy hardly shows what it gets wrong.
+  # Further train problems, which a renewed PRM alone learns from (`prm.renew`): `prm.samples`
+  # roll-outs each. On problems that it was trained on a policy hardly shows what it gets wrong.
   judge_problems: Natural = 0
   dev_problems: Count = 200
   test_problems: Count = 500
@@ -210,9 +210,10 @@ class Config(Section):
     if self.rl.problems > getattr(self.data, first):
       text = f'rl.problems={self.rl.problems} exceeds data.{first}={getattr(self.data, first)}'
       yield ('rl.problems', f'data.{first}'), f'{text}; use at most that'
-    if self.data.judge_problems and not self.prm.samples:
-      text = f'data.judge_problems={self.data.judge_problems} are tried prm.samples=0 times each'
-      yield ('data.judge_problems', 'prm.samples'), f'{text}; set prm.samples to 16, or so'
+    if (held := self.data.judge_problems) and not (self.prm.samples and self.prm.renew):
+      text = f'data.judge_problems={held} are for a PRM that is made anew from roll-outs'
+      keys = ('data.judge_problems', 'prm.samples', 'prm.renew')
+      yield keys, f"{text}; set prm.renew='last' and prm.samples to 16, or so"
     if self.data.per_round > self.data.train_problems:
       text = f'data.per_round={self.data.per_round} exceeds data.train_problems'
       keys = ('data.per_round', 'data.train_problems')

@@ -130,11 +130,12 @@ class PrmConfig(Section):
   optim: OptimConfig = OptimConfig(lr=1e-3, steps=200, batch=32)
   # Roll-outs of the fine-tuned policy for each problem of the round, to learn from beside those of
   # search: they hold the mistakes it still makes, and solve more than the policy that searched.
-  # As many for each of `data.judge_problems`, by every policy that a PRM begins from.
   samples: Natural = 0
-  # Also train it anew behind each RL, or behind the last: from the policy that came of it and on
-  # its roll-outs too. What comes next judges by this one, else by one that is older than RL.
+  # Also train it anew behind each RL, or behind the last: from the policy that came of it, on its
+  # roll-outs and on as many of `data.judge_problems`. What comes next judges by this one, else by
+  # one that is older than RL.
   renew: Literal['last'] | bool = False
+  renew_steps: Natural = 0  # updates of a renewed one; 0: optim.steps
   mode: Literal['pointwise', 'pairwise', 'both'] = 'both'
   # What a roll-out is worth to its steps: 1 if its program passes every test, else 0 (accepted), or
   # search's terminal reward, in which a wrong program that passes most tests is worth most.
@@ -148,6 +149,11 @@ class PrmConfig(Section):
   readout: Literal['value', 'token'] = 'value'
   good_token: str = '+'  # each is one token of the tokenizer
   bad_token: str = '-'
+
+  def optim_of(self, renewed: bool) -> OptimConfig:
+    """How a PRM is trained, or one behind RL."""
+    steps = self.renew_steps if renewed else 0
+    return self.optim.model_copy(update={'steps': steps}) if steps else self.optim
 
   def renews(self, round_: int, rounds: int) -> bool:
     """Whether a PRM is made anew behind the RL of a round, of so many."""

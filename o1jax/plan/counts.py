@@ -21,7 +21,7 @@ def trained(config: Config) -> dict[str, int]:
     'tcg/dpo': config.tcg.dpo.steps,
     'tcg/control': config.tcg.dpo.steps if config.tcg.control else 0,
     'policy_sft': config.policy_sft.optim.steps * (rounds + config.rl.control),
-    'prm': config.prm.optim.steps * _prms(config),
+    'prm': config.prm.optim.steps * rounds + config.prm.optim_of(True).steps * _renewed(config),
     'rl': config.rl.iterations
     * config.rl.epochs
     * (config.rl.rows // config.rl.minibatch)
@@ -45,7 +45,7 @@ def sampled(config: Config) -> dict[str, int]:
   found = {
     'search': new * (uct + (rounds - 1) * later),
     'search control': new * (rounds - 1) * later if guided and config.eval.sampling_control else 0,
-    'prm': (new * rounds + config.data.judge_problems * prms) * config.prm.samples,
+    'prm': (new * rounds + config.data.judge_problems * _renewed(config)) * config.prm.samples,
     'rl': rollouts * rounds,
     'rl control': rollouts if config.rl.control else 0,
     'dev': trainings * evaluated * config.data.dev_problems,

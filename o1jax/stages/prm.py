@@ -93,7 +93,8 @@ def train_prm(
       return {'trees': len(trees), 'nodes': 0}
     loss = loss_of(run.model, config)
     data = of_list(rows, seed=seed)
-    trained, last = fit(run.bench, name, 'prm', run.model, start, loss, data, config.optim)
+    optim = config.optim_of(renewed)
+    trained, last = fit(run.bench, name, 'prm', run.model, start, loss, data, optim)
     trained = lora.blended(start, trained, config.blend)
     run.save(name, 'prm', trained)
     keys = ('loss', 'point_loss', 'pair_loss', 'pair_accuracy')

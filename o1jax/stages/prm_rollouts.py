@@ -19,13 +19,12 @@ def sample_tuned(run: Run, round_: int, policy: Any) -> list[Trajectory]:
   return _sampled(run, round_, f'round{round_}/rollouts/prm', policy, run.new_problems(round_))
 
 
-def sample_unseen(run: Run, round_: int, policy: Any, *, renewed: bool = False) -> list[Trajectory]:
-  """`prm.samples` roll-outs for each problem that no policy is trained on, judged.
+def sample_unseen(run: Run, round_: int, policy: Any) -> list[Trajectory]:
+  """`prm.samples` roll-outs of the policy behind RL for each held-back problem, judged.
 
   For the PRM alone: a policy that learnt from them would no longer show what it gets wrong.
   """
-  name = f'round{round_}/renewed/unseen/prm' if renewed else f'round{round_}/unseen/prm'
-  return _sampled(run, round_, name, policy, run.judge)
+  return _sampled(run, round_, f'round{round_}/unseen/prm', policy, run.judge)
 
 
 def _sampled(
