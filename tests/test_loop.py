@@ -110,6 +110,20 @@ def test_the_six_steps_run_and_run_again_for_nothing(whole):
 
 
 @pytest.mark.slow
+def test_the_policy_can_learn_from_what_was_held_back(whole):
+  before = summary_of(whole)
+  script = [sys.executable, 'benchmarks/held_back.py', str(whole), '--problems', '16']
+  got = subprocess.run(script, capture_output=True, text=True, timeout=600, **PLAIN)
+  assert got.returncode == 0, got.stderr[-3000:]
+  told = json.loads(got.stdout.splitlines()[-1])
+  (last,) = [row for row in before['policy'] if row['stage'] == 'round1/rl']
+  for key in ('greedy', 'sampled'):  # the report's own samples, of the same seed
+    assert told[key]['before'] == pytest.approx(last[key], abs=1e-6)
+    assert told[key]['gain'] == pytest.approx(told[key]['behind'] - told[key]['before'], abs=1e-6)
+  assert summary_of(whole) == before
+
+
+@pytest.mark.slow
 def test_killed_ten_times_it_ends_with_the_same_summary(whole, tmp_path):
   folder = tmp_path / 'run'
   each = events(whole) // 10
