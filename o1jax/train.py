@@ -44,7 +44,7 @@ def loop(run) -> dict[str, Any]:
     tuned = finetune_policy(run, round_, searcher, found)  # step 3: learn verified paths
     policies.append(Candidate(f'round{round_}/sft', tuned))
     found += sample_tuned(run, round_, tuned)
-    first = prm = train_prm(run, round_, tuned, found)  # step 4: learn to judge a step
+    first = prm = train_prm(run, round_, tuned, found + unseen)  # step 4: learn to judge a step
     known = list(found)
     policy, rollouts = improve_policy(run, round_, tuned, prm, tests, known)  # step 5
     policies.append(Candidate(f'round{round_}/rl', policy))
