@@ -30,8 +30,8 @@ from o1jax.run import checkpoints
 from o1jax.run.files import Chunks
 from o1jax.stages.evaluate import interval, pass_at_1
 from o1jax.stages.policy_sft import finetune_policy
+from o1jax.stages.report import SEED
 
-SEED = 77  # of the samples, as the report's
 KEYS = ('greedy', 'sampled')
 
 
