@@ -10,7 +10,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
@@ -22,7 +22,6 @@ from o1jax.search import (
   ROOT,
   UNVISITED,
   NewChildren,
-  SearchTree,
   backup,
   empty_tree,
   expand,
@@ -31,6 +30,22 @@ from o1jax.search import (
 
 if TYPE_CHECKING:
   from o1jax.sampling.mcts import Search
+
+
+class Drawn(NamedTuple):
+  """A continuation of a leaf."""
+
+  problem: int
+  leaf: int
+  path: Path  # of the leaf
+  tokens: tuple[int, ...]
+  logprobs: list[float]
+  step: tuple[int, ...]  # the first of the tokens
+
+  @property
+  def child(self) -> Path:
+    """The path of its first step."""
+    return (*self.path, self.step)
 
 
 class Growing:
@@ -70,29 +85,24 @@ class Growing:
     going = np.flatnonzero(~self.closed[:, ROOT])
     if not going.size:
       return
-    samples = self._continue(going, leaf)
-    rollouts = self._rollouts(going, leaf, samples)
-    steps = [self._first_step(r) for r in rollouts]
-    scores = self._scores(rollouts, steps)
+    drawn = self._continuations(going, leaf, self._continue(going, leaf))
+    scores = self._scores(drawn)
     started = time.perf_counter()
-    new = self._children(going, rollouts, steps, scores)
+    new = self._children(going, drawn, scores)
     widen = search.allowed is not None
     self.tree, nodes = expand(self.tree, leaf, new, widen=widen)
     nodes = np.asarray(nodes)[going].reshape(-1)
     self.tree_s += time.perf_counter() - started
-    for r, step, node in zip(rollouts, steps, nodes, strict=True):
-      known = self.nodes[r.problem]
+    for d, node in zip(drawn, nodes.tolist(), strict=True):
+      known = self.nodes[d.problem]
       if node == len(known):  # else it is the same step as an earlier sibling, or no node
-        known.append((*known[r.leaf], step))
+        known.append(d.child)
     self._retire_closed()
-    rollouts = [
-      dataclasses.replace(r, node=int(node)) for r, node in zip(rollouts, nodes, strict=True)
-    ]
-    whole = [(r.problem, r.path) for r in rollouts if self.whole(r)]
-    fresh = [job for job in dict.fromkeys(whole) if job not in self.returns]
-    jobs = [(int(self.problems[b]), path) for b, path in fresh]
-    verdicts = self.judge.submit(self.evaluate, jobs) if jobs else None
-    self.waiting = lambda: self._settle(simulation, going, rollouts, scores, fresh, verdicts)
+    jobs = [self._job(d) if self.whole(d.tokens) else None for d in drawn]
+    fresh = [job for job in dict.fromkeys(jobs) if job and job not in self.returns]
+    asked = [(int(self.problems[b]), path) for b, path in fresh]
+    verdicts = self.judge.submit(self.evaluate, asked) if asked else None
+    self.waiting = lambda: self._settle(simulation, drawn, jobs, nodes, scores, fresh, verdicts)
 
   def settle(self) -> None:
     """Backs up the values of what was continued last, once they are there."""
@@ -100,33 +110,47 @@ class Growing:
       self.waiting()
       self.waiting = None
 
-  def _settle(self, simulation, going, rollouts: list[Rollout], scores, fresh, verdicts) -> None:
+  def _settle(self, simulation, drawn: list[Drawn], jobs, nodes, scores, fresh, verdicts) -> None:
     started = time.perf_counter()
-    values = verdicts.result() if verdicts is not None else ()
+    found = verdicts.result() if verdicts is not None else ()
     self.waited_s += time.perf_counter() - started
-    self.returns.update(zip(fresh, map(float, values), strict=True))
-    rollouts = [
-      dataclasses.replace(r, value=self.returns.get((r.problem, r.path), math.nan))
-      for r in rollouts
-    ]
-    for r in rollouts:
-      if r.node != UNVISITED and self.whole(r) and math.isnan(r.value):
-        self.masked[r.problem, r.node] = True
-    kept = [r for r in rollouts if self.search.mix < 1 or self.whole(r)]
-    self.rollouts += [(simulation, r) for r in kept]
+    self.returns.update(zip(fresh, map(float, found), strict=True))
+    values = [self.returns.get(job, math.nan) for job in jobs]
+    returns = np.array(values)
+    whole = np.array([job is not None for job in jobs])
+    rows = np.array([d.problem for d in drawn])
+    lost = whole & np.isnan(returns) & (nodes != UNVISITED)
+    self.masked[rows[lost], nodes[lost]] = True
+    kept = range(len(drawn)) if self.search.mix < 1 else np.flatnonzero(whole).tolist()
+    self.rollouts += [(simulation, self._rollout(drawn[i], int(nodes[i]), values[i])) for i in kept]
     width = self.search.width
-    nodes, backed = (np.full((self.batch, width), fill) for fill in (UNVISITED, np.nan))
-    nodes[going] = np.reshape([r.node for r in rollouts], (-1, width))
-    tree = jax.tree.map(np.asarray, self.tree) if self.search.mix else self.tree
-    backed[going] = np.reshape(
-      [self._value(tree, r, s) for r, s in zip(rollouts, scores, strict=True)], (-1, width)
-    )
+    where, backed = (np.full((self.batch, width), fill) for fill in (UNVISITED, np.nan))
+    going = rows[::width]
+    where[going] = nodes.reshape(-1, width)
+    backed[going] = self._values(rows, nodes, returns, scores).reshape(-1, width)
     started = time.perf_counter()
     self.tree = jax.block_until_ready(
-      backup(self.tree, nodes, backed.astype(np.float32), ~np.isnan(backed))
+      backup(self.tree, where, backed.astype(np.float32), ~np.isnan(backed))
     )
     self.tree_s += time.perf_counter() - started
     self._close_decided()
+
+  def _job(self, drawn: Drawn) -> tuple[int, tuple[int, ...]]:
+    """What is judged: the tree and the path tokens after the prompt."""
+    return drawn.problem, sum(drawn.path[1:], ()) + drawn.tokens
+
+  def _rollout(self, drawn: Drawn, node: int, value: float) -> Rollout:
+    path = drawn.path
+    return Rollout(
+      problem=drawn.problem,
+      leaf=drawn.leaf,
+      node=node,
+      depth=len(path) - 1,
+      prefix=sum(path[1:], ()),
+      tokens=drawn.tokens,
+      logprobs=tuple(drawn.logprobs),
+      value=value,
+    )
 
   def _close_decided(self) -> None:
     """Trees of which `Search.enough` has seen enough grow no more."""
@@ -143,21 +167,23 @@ class Growing:
       self.tree = dataclasses.replace(self.tree, closed=closed)
       self._retire_closed()
 
-  def _value(self, tree: SearchTree, rollout: Rollout, score: float) -> float:
-    """What a step is worth: the return of its roll-out, its process reward, or their mix."""
+  def _values(self, rows, nodes, returns, scores) -> np.ndarray:
+    """What each step is worth: the return of its roll-out, its process reward, or their mix."""
     mix = self.search.mix
-    if not mix or rollout.node == UNVISITED or tree.terminal[rollout.problem, rollout.node]:
-      return rollout.value
-    if mix == 1:  # a step at the depth limit leads nowhere, whatever it promises
-      return math.nan if tree.cut[rollout.problem, rollout.node] else score
-    return (1 - mix) * rollout.value + mix * score
+    if not mix:
+      return returns
+    terminal, cut = (np.asarray(x)[rows, nodes] for x in (self.tree.terminal, self.tree.cut))
+    # A step at the depth limit leads nowhere, whatever it promises.
+    promised = np.where(cut, math.nan, scores)
+    mixed = promised if mix == 1 else (1 - mix) * returns + mix * scores
+    return np.where((nodes == UNVISITED) | terminal, returns, mixed)
 
-  def whole(self, rollout: Rollout) -> bool:
-    """Whether it came to the end: there is something to judge."""
+  def whole(self, tokens: tuple[int, ...]) -> bool:
+    """Whether a continuation came to the end: there is something to judge."""
     steps = self.search.steps
     if self.search.mix == 1:
-      return steps.is_terminal(rollout.tokens) and rollout.tokens[-1] in steps.stops
-    return rollout.tokens[-1] == steps.eos
+      return steps.is_terminal(tokens) and tokens[-1] in steps.stops
+    return tokens[-1] == steps.eos
 
   def _continue(self, going: np.ndarray, leaf: np.ndarray) -> Samples:
     """K continuations of every leaf; those first steps that can be continued go into the pool."""
@@ -183,73 +209,60 @@ class Growing:
     self.computed += samples.computed
     return samples
 
-  def _rollouts(self, going: np.ndarray, leaf: np.ndarray, samples: Samples) -> list[Rollout]:
-    """The continuations, not judged and without their nodes."""
-    found = []
-    for row in range(len(going) * self.search.width):
-      b = int(going[row // self.search.width])
-      path = self.nodes[b][leaf[b]]
-      found.append(
-        Rollout(
-          problem=b,
-          leaf=int(leaf[b]),
-          node=UNVISITED,
-          depth=len(path) - 1,
-          prefix=sum(path[1:], ()),
-          tokens=tuple(samples.ids(row)),
-          logprobs=tuple(samples.logprobs[row, : samples.lengths[row]].tolist()),
-          value=math.nan,
-        )
-      )
+  def _continuations(self, going: np.ndarray, leaf: np.ndarray, samples: Samples) -> list[Drawn]:
+    """The continuations, K of each leaf."""
+    end, found = self.search.steps.step_end, []
+    leaves = [(b, int(leaf[b]), self.nodes[b][leaf[b]]) for b in going.tolist()]
+    drawn = (samples.tokens.tolist(), samples.logprobs.tolist(), samples.lengths.tolist())
+    for row, (tokens, logprobs, length) in enumerate(zip(*drawn, strict=True)):
+      b, node, path = leaves[row // self.search.width]
+      own = tuple(tokens[:length])
+      step = own[: own.index(end) + 1] if end in own else own
+      found.append(Drawn(b, node, path, own, logprobs[:length], step))
     return found
 
-  def _first_step(self, rollout: Rollout) -> tuple[int, ...]:
-    end = self.search.steps.step_end
-    tokens = rollout.tokens
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
-
-  def _children(self, going: np.ndarray, rollouts: list[Rollout], steps, scores) -> NewChildren:
-    """The first steps of the roll-outs as new nodes; trees that do not grow get none."""
+  def _children(self, going: np.ndarray, drawn: list[Drawn], scores) -> NewChildren:
+    """The first steps of the continuations as new nodes; trees that do not grow get none."""
     ends, width = self.search.steps, self.search.width
-    whole = np.array([s[-1] in ends.stops for s in steps])
-    terminal = np.array([ends.is_terminal(s) for s in steps]) & whole
-    room = np.array([r.depth + 1 < self.search.max_depth for r in rollouts])
+    whole = np.array([d.step[-1] in ends.stops for d in drawn])
+    terminal = np.array([ends.is_terminal(d.step) for d in drawn]) & whole
+    room = np.array([len(d.path) < self.search.max_depth for d in drawn])
     identity = []  # equal exactly where the steps of a leaf are
-    for r, step in zip(rollouts, steps, strict=True):
-      known = self.numbers.setdefault(self.nodes[r.problem][r.leaf], {})
-      identity.append(known.setdefault(step, len(known)))
+    for d in drawn:
+      known = self.numbers.setdefault(d.path, {})
+      identity.append(known.setdefault(d.step, len(known)))
 
     def spread(values, dtype):
       out = np.zeros((self.batch, width), dtype)
       out[going] = np.reshape(values, (-1, width))
       return out  # handed to the device with the call: quicker than by itself
 
-    logprobs = [sum(r.logprobs[: len(s)]) for r, s in zip(rollouts, steps, strict=True)]
+    logprobs = [sum(d.logprobs[: len(d.step)]) for d in drawn]
     return NewChildren(
       identity=spread(identity, np.int32),
       logprob=spread(logprobs, np.float32),
       score=spread(scores, np.float32),
-      gumbel=spread(self._noise(rollouts), np.float32),
+      gumbel=spread(self._noise(drawn), np.float32),
       terminal=spread(terminal, bool),
       cut=spread(~terminal & ~(whole & room), bool),
       valid=spread(np.ones_like(terminal), bool),
     )
 
-  def _noise(self, rollouts: list[Rollout]) -> list[float]:
+  def _noise(self, drawn: list[Drawn]) -> list[float]:
     """Gumbel noise of the root's children, by the names of their draws."""
     if self.search.root_rule is None:
-      return [0.0] * len(rollouts)
+      return [0.0] * len(drawn)
     names = [
-      [self.seed, *map(int, self.ids[r.problem]), r.leaf, k % self.search.width]
-      for k, r in enumerate(rollouts)
+      [self.seed, *map(int, self.ids[d.problem]), d.leaf, k % self.search.width]
+      for k, d in enumerate(drawn)
     ]
     return [np.random.default_rng(name).gumbel() for name in names]
 
-  def _scores(self, rollouts: list[Rollout], steps) -> np.ndarray:
+  def _scores(self, drawn: list[Drawn]) -> np.ndarray:
     """Process rewards of the first steps, each distinct one asked for once."""
     if self.score is None:
-      return np.zeros(len(rollouts), np.float32)
-    paths = [(*self.nodes[r.problem][r.leaf], s) for r, s in zip(rollouts, steps, strict=True)]
+      return np.zeros(len(drawn), np.float32)
+    paths = [d.child for d in drawn]
     distinct = list(dict.fromkeys(paths))
     known = dict(zip(distinct, self.score(distinct), strict=True))
     return np.array([known[p] for p in paths], np.float32)

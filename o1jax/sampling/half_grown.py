@@ -90,7 +90,7 @@ def _restore(part: Any, saved: Saved) -> None:
     told = tuple(each.tolist())
     rollout = Rollout(b, leaf, node, len(path) - 1, prefix, own, told, value)
     part.rollouts.append((simulation, rollout))
-    if part.whole(rollout):
+    if part.whole(rollout.tokens):
       part.returns[b, rollout.path] = value
 
 

@@ -105,7 +105,8 @@ def refill(
   Args:
     model: the decoder.
     pool: where the keys and values are.
-    old: a state of W + n columns; the tokens of a row that goes on lie in the last W of them.
+    old: a state of at most W + n columns; the tokens of a row that goes on lie in the last W that
+      are written.
     take: [R] int32, the row of `old` that goes on here, of the same part of the batch (see
       `take_rows`), or NONE for one that begins.
     table: [R, W] and
@@ -113,12 +114,14 @@ def refill(
     new: n.
   """
   width = table.shape[1]
+  more = max(0, width + new - old.columns)
   fresh = gather(model, pool, table, states, new=new)
   on = (old.cache, old.valid, old.position, old.hidden)
   cache, valid, position, hidden = take_rows(on, jnp.maximum(take, 0))
 
   def last(array, axis):  # the last W columns that are written
-    return jax.lax.dynamic_slice_in_dim(array, old.column - width, width, axis)
+    wider = jnp.pad(array, [(more if i == axis else 0, 0) for i in range(array.ndim)])
+    return jax.lax.dynamic_slice_in_dim(wider, old.column + more - width, width, axis)
 
   def choose(kept, begun):
     return jnp.where((take != NONE).reshape(-1, *(1,) * (begun.ndim - 1)), kept, begun)

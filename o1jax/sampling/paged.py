@@ -35,6 +35,7 @@ from o1jax.sampling.sampler import (
 
 CHUNK = 16  # tokens drawn between two replacements, at most
 FEWEST_ROWS = 16  # of a batch
+WIDTH_MULTIPLE = 32  # columns of the prefixes are padded to this: a compiled loop each
 DEAD_SHARE = 3  # rows are replaced when one in so many has stopped: each time copies the batch
 _DRAWN = ('tokens', 'logprobs', 'lengths', 'live', 'marked')  # what the host reads of a batch
 
@@ -84,7 +85,7 @@ class _Queue:
         f'{longest} tokens and max_new={sampler.max_new} exceed max_position={limit} of the model; '
         f'use max_new of at most {limit - longest}'
       )
-    self.width = widest(sampler, longest) - CHUNK
+    self.width = 0  # columns before those that are drawn next
     self.out = empty_samples(len(todo), sampler.max_new)
     self.uniforms = _uniforms(seed, ids, sampler.max_new)
     self.next = self.ready = 0  # of `todo`: the first not begun, the first not read
@@ -122,10 +123,17 @@ class _Queue:
     begun: list[Path] = [()] * rows
     for row, i in zip(free, new, strict=False):
       where[row], begun[row] = i, self.todo[i]
+    self.width = max(self.width, self._needed(where))
     table, states = self.paths.table(begun, rows, self.width)
     place = functools.partial(_place, self.sampler.model, self.paths.pool)
     state = place(table, states) if state is None else place(table, states, state, take)
     return state, where
+
+  def _needed(self, where: np.ndarray) -> int:
+    """Columns that hold what the rows have read and drawn so far, padded."""
+    chosen = where[where != NONE]
+    lengths = [self.paths.length(self.todo[i]) + self.out.lengths[i] for i in chosen]
+    return round_up(max(lengths), WIDTH_MULTIPLE)
 
   def _read_ahead(self, new: np.ndarray) -> None:
     """Reads the paths of the next rows, and holds them until they are continued."""

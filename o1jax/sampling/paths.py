@@ -8,6 +8,7 @@ A path that is not there (evicted, or never stored) is read from where the pool 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from o1jax.sampling.sampler import FEWEST, PROMPT_MULTIPLE, length_batches, roun
 
 Path = tuple[Any, ...]  # (index of the prompt, *steps), a step being a tuple of token ids
 SMALLEST = 64  # tokens copied at once are padded to this or a higher power of two
-SHORTEST = 8  # likewise those of a step that is read
+SHORTEST = 4  # likewise those of a step that is read; steps that are padded alike are read together
 # State before, states [R, t, D], tokens [R, t], mask [R, t] -> a number for each row.
 Measure = Callable[[jax.Array, jax.Array, np.ndarray, np.ndarray], jax.Array]
 
@@ -35,7 +36,9 @@ Measure = Callable[[jax.Array, jax.Array, np.ndarray, np.ndarray], jax.Array]
 class _Entry:
   """A step in the pool."""
 
-  slots: np.ndarray  # [tokens] int32
+  parent: _Entry | None  # the step before it, None of a prompt
+  slots: np.ndarray  # [tokens] int32, its own
+  chain: np.ndarray  # those of the whole path
   state: int  # row of the pool's `hidden`
   used: int  # when it was last asked for
   children: int = 0  # steps after it that are in the pool
@@ -118,16 +121,21 @@ class Paths:
       What `measure` says, [paths] float32.
     """
     out = np.zeros(len(paths), np.float32)
+    widths = [self._width(p) for p in paths]
     for batch in length_batches([self.tokens(p) for p in paths], self.rows):
-      out[batch] = self._read_batch([paths[i] for i in batch], measure, keep)
+      for width, alike in itertools.groupby(batch, key=widths.__getitem__):
+        part = list(alike)
+        out[part] = self._read_batch([paths[i] for i in part], width, measure, keep)
     return out
 
-  def _read_batch(self, paths: list[Path], measure, keep) -> np.ndarray:
+  def _width(self, path: Path) -> int:
+    """Columns that its last step is padded to where it is read."""
+    tokens = len(self.tokens(path))
+    return round_up(tokens, PROMPT_MULTIPLE) if len(path) == 1 else max(SHORTEST, _power(tokens))
+
+  def _read_batch(self, paths: list[Path], width: int, measure, keep) -> np.ndarray:
     steps = [self.tokens(p) for p in paths]
     rows = round_up(min(self.rows, max(FEWEST, _power(len(paths)))), ambient_ways())
-    longest = max(map(len, steps))
-    roots = all(len(p) == 1 for p in paths)
-    width = round_up(longest, PROMPT_MULTIPLE) if roots else max(SHORTEST, _power(longest))
     tokens, mask = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
     for r, step in enumerate(steps):
       tokens[r, : len(step)] = step
@@ -163,28 +171,28 @@ class Paths:
     Returns:
       How many are in the pool now.
     """
-    rows, columns, slots, states, ends = [], [], [], [], []
     news = list(news)
     self._seen.update(path for path, _, _ in news)
-    for path, row, where in news:
+    entries: list[_Entry] = []
+    for path, _, where in news:
       entry = self._add(path, len(where))
       if entry is None:
         break
-      rows.append(np.full(len(where), row))
-      columns.append(where)
-      slots.append(entry.slots)
-      states.append(entry.state)
-      ends.append(row)
-    if states:
-      tokens = [np.concatenate(x) for x in (rows, columns, slots)]
+      entries.append(entry)
+    if entries:
+      _, ends, columns = zip(*news[: len(entries)], strict=True)
+      rows = np.repeat(ends, [len(where) for where in columns])
+      slots = np.concatenate([entry.slots for entry in entries])
+      tokens = ((rows, 0), (np.concatenate(columns), 0), (slots, self.slots))
+      states = [entry.state for entry in entries]
       self.pool = store(
         self.pool,
         state,
-        tuple(_padded(x, fill) for x, fill in zip(tokens, (0, 0, self.slots), strict=True)),
+        tuple(_padded(values, fill) for values, fill in tokens),
         hidden,
         (_padded(states, len(self.pool.hidden)), _padded(ends, 0)),
       )
-    return len(states)
+    return len(entries)
 
   def table(
     self, paths: Sequence[Path], rows: int, width: int = 0
@@ -198,9 +206,9 @@ class Paths:
     table, states = np.full((rows, width), NONE, np.int32), np.zeros(rows, np.int32)
     for r, path in enumerate(paths):
       if path:
-        chain = np.concatenate([self._entries[p].slots for p in _prefixes(path)])
-        table[r, width - len(chain) :] = chain
-        states[r] = self._entries[path].state
+        entry = self._entries[path]
+        table[r, width - len(entry.chain) :] = entry.chain
+        states[r] = entry.state
     return table, states
 
   def hidden(self, paths: Sequence[Path], rows: int) -> jax.Array:
@@ -218,21 +226,26 @@ class Paths:
       self._entries[path].used = -1
 
   def _touch(self, path: Path) -> None:
-    for prefix in _prefixes(path):
-      if prefix in self._entries:
-        self._entries[prefix].used = self._clock
+    found = (self._entries.get(path[:n]) for n in range(len(path), 0, -1))
+    entry = next(filter(None, found), None)
+    while entry is not None:  # what is in the pool has all that is before it there
+      entry.used, entry = self._clock, entry.parent
 
   def _first_missing(self, path: Path) -> Path | None:
-    return next((p for p in _prefixes(path) if p not in self._entries), None)
+    if path in self._entries:
+      return None
+    return next(p for p in _prefixes(path) if p not in self._entries)
 
   def _add(self, path: Path, tokens: int) -> _Entry | None:
     if not self._make_room(tokens):
       return None
     self._free, slots = self._free[:-tokens], self._free[-tokens:]
-    entry = _Entry(slots, self._free_states.pop(), self._clock)
+    parent = self._entries[path[:-1]] if len(path) > 1 else None
+    chain = np.concatenate([parent.chain, slots]) if parent is not None else slots
+    entry = _Entry(parent, slots, chain, self._free_states.pop(), self._clock)
     self._entries[path] = entry
-    if len(path) > 1:
-      self._entries[path[:-1]].children += 1
+    if parent is not None:
+      parent.children += 1
     return entry
 
   def _make_room(self, tokens: int) -> bool:
@@ -256,8 +269,8 @@ class Paths:
     self._free = np.concatenate([self._free, entry.slots])
     self._free_states.append(entry.state)
     self.evicted += 1
-    if len(path) > 1:
-      self._entries[path[:-1]].children -= 1
+    if entry.parent is not None:
+      entry.parent.children -= 1
 
 
 def check_memory(
