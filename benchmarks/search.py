@@ -95,20 +95,20 @@ class Reread:
   """`continue_paths` without a pool: each leaf's prefix is read for its K rows together."""
 
   def __init__(self):
-    self.tokens = 0  # of all prefixes
+    self.read: list[int] = []  # tokens of the prefixes, a number a call
 
   def __call__(self, sampler: Sampler, paths, todo, *, seed, ids, marks, keep):
     del marks, keep
     leaves = list(dict.fromkeys(todo))
     each = len(todo) // len(leaves)
     prompts = [[*paths.prompts[p[0]], *sum(p[1:], ())] for p in leaves]
-    self.tokens += sum(map(len, prompts))
+    self.read.append(sum(map(len, prompts)))
     return sampler(paths.params, prompts, seed=seed, ids=ids[::each, :-1], samples=each)
 
 
 def rescore(case: Case, prompts):
   """`TreeScorer` without a pool: the PRM reads the prefix of every leaf, then the steps."""
-  scorer, computed = PrmScorer(case.model, case.prm), [0]
+  scorer, computed = PrmScorer(case.model, case.prm), []
 
   def score(paths) -> np.ndarray:
     leaves = list(dict.fromkeys(p[:-1] for p in paths))
@@ -116,11 +116,11 @@ def rescore(case: Case, prompts):
     tokens, lengths = pad_prompts([[*prompts[p[0]], *sum(p[1:], ())] for p in leaves], len(leaves))
     state = scorer.start(tokens, lengths)
     steps = [p[-1] for p in paths]
-    computed[0] += tokens.size + sum(map(len, steps))
+    computed.append(tokens.size + sum(map(len, steps)))
     log_odds = scorer.score(state, np.array([index[p[:-1]] for p in paths]), steps)
     return 1 / (1 + np.exp(-log_odds))
 
-  return score, lambda: computed[0]
+  return score, lambda: sum(computed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Way:
       nodes = len(prompts) * (1 + CHILDREN * SIMULATIONS)
       tokens = sum(map(len, prompts)) + 32 * nodes
       score = TreeScorer(case.model, case.prm, prompts, case.steps, tokens=tokens, nodes=nodes)
-      prm_positions = lambda: score.paths.computed  # noqa: E731
+      prm_positions = lambda: sum(p.computed for p in score.pools)  # noqa: E731
     else:
       search = dataclasses.replace(search, extend=reread)
     case.forget_programs()
@@ -159,7 +159,7 @@ class Way:
     own, sandbox = np.subtract(cpu_seconds(), used)
     nodes, read = int((forest.tree.size - 1).sum()), sum(map(len, prompts))
     new = read + forest.generated
-    computed = new + forest.read_again if self.pool else reread.tokens + forest.generated
+    computed = new + forest.read_again if self.pool else sum(reread.read) + forest.generated
     return {
       'nodes': nodes,
       'programs': case.judged,

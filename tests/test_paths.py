@@ -23,7 +23,7 @@ from sampling_cases import (
 
 from o1jax.data import trees
 from o1jax.models import StepHead
-from o1jax.sampling import paged
+from o1jax.sampling import half_grown, paged
 from o1jax.sampling.kv_pool import token_bytes
 from o1jax.sampling.mcts import Search
 from o1jax.sampling.paged import continue_paths
@@ -153,7 +153,7 @@ def forest():
 
 def test_a_search_reads_nothing_twice_and_finds_the_same_in_a_small_pool(forest):
   assert forest.read_again == 0 and max(forest.tree.depth.flat) > 1
-  small = dataclasses.replace(SEARCH, pool_tokens=26)(tiny_params(), PROMPTS, judge, seed=2)
+  small = dataclasses.replace(SEARCH, pool_tokens=36)(tiny_params(), PROMPTS, judge, seed=2)
   assert small.read_again > 0
   assert_same_forest(small, forest)
 
@@ -238,7 +238,8 @@ def test_tree_scores_are_those_of_the_descent():
         small(draw_paths(np.random.default_rng(depth + more), 3))
       np.testing.assert_allclose(tree([p[: depth + 1] for p in deep]), want, atol=1e-4)
     state = scorer.advance(state, [p[depth] for p in deep])
-  assert many.paths.read_again == 0 < small.paths.read_again
+  assert all(pool.read_again == 0 for pool in many.pools)
+  assert all(pool.read_again > 0 for pool in small.pools)
 
 
 class Killed(Exception):
@@ -247,7 +248,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize('stop_after', [1, 4, 7])
 @pytest.mark.parametrize('mix', [0.0, 1.0])
-def test_a_search_stopped_half_way_goes_on_to_the_same_forest(mix, stop_after):
+def test_a_search_stopped_half_way_goes_on_to_the_same_forest(mix, stop_after, monkeypatch):
   search = dataclasses.replace(SEARCH, mix=mix, allowed=widening(1.0, 0.5), slots=8)
   judged, kept, count = [], {}, 0
 
@@ -266,8 +267,15 @@ def test_a_search_stopped_half_way_goes_on_to_the_same_forest(mix, stop_after):
   whole = with_scores(evaluate=judge)
   with pytest.raises(Killed):
     with_scores(evaluate=noted, boundary=boundary)
-  before = list(judged)
-  assert before or mix  # process rewards alone judge no roll-outs at first
+  assert judged or mix  # process rewards alone judge no roll-outs at first
+  judged.clear()
+  known, restore = set(), half_grown.restore
+
+  def restored(growing, saved):
+    restore(growing, saved)
+    known.update((int(p.problems[b]), path) for p in growing for b, path in p.returns)
+
+  monkeypatch.setattr(half_grown, 'restore', restored)
   on = with_scores(evaluate=noted, saved=kept)
   assert_same_forest(on, whole)
   assert [dataclasses.replace(r, logprobs=()) for r in on.rollouts if not np.isnan(r.value)] == [
@@ -276,7 +284,19 @@ def test_a_search_stopped_half_way_goes_on_to_the_same_forest(mix, stop_after):
   np.testing.assert_array_equal(on.masked, whole.masked)
   np.testing.assert_array_equal(on.tree.visits, whole.tree.visits)
   assert on.generated == whole.generated
-  assert len(judged) == len(set(judged))  # no program twice
+  assert known or mix
+  assert len(judged) == len(set(judged) - known)  # no program twice
+
+
+def test_what_goes_wrong_in_one_half_ends_the_other():
+  def broken(jobs):
+    raise OSError('no sandbox')
+
+  many = [PROMPTS[i % len(PROMPTS)] for i in range(8)]
+  with pytest.raises(OSError, match='no sandbox'):
+    SEARCH(tiny_params(), many, broken, seed=2)
+  left = [thread.name for thread in threading.enumerate()]
+  assert not any(name.startswith('ThreadPoolExecutor') for name in left)
 
 
 def test_gumbel_and_widened_searches_are_independent_of_their_batch():

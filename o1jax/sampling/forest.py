@@ -40,10 +40,16 @@ class Forest:
   computed: int  # positions that went through the model: prompts, padding and dead rows too
   read_again: int = 0  # tokens of prefixes that were read more than once
   waited_s: float = 0.0  # seconds in which nothing was left to do but to wait for the judge
-  tree_s: float = 0.0  # seconds of selection, expansion and backup
+  tree_s: float = 0.0  # of the parts that grew: selection, expansion, backup, and their wait for it
 
   def step(self, problem: int, node: int) -> tuple[int, ...]:
     """Tokens of the node's own step; () for the root."""
     parent = int(self.tree.parent[problem, node])
     path = self.paths[problem][node]
     return path[len(self.paths[problem][parent]) :] if node != ROOT else path
+
+
+def halves(count: int) -> list[np.ndarray]:
+  """The problems of the two parts of a forest, or of its only one."""
+  middle = (count + 1) // 2
+  return [part for part in (np.arange(middle), np.arange(middle, count)) if len(part)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -48,6 +49,28 @@ class Drawn(NamedTuple):
     return (*self.path, self.step)
 
 
+class Waits:
+  """For how long nothing but the judge works, where `working` parts grow at once."""
+
+  def __init__(self, working: int):
+    self._working, self._since = working, 0.0
+    self._lock = threading.Lock()
+
+  def begin(self) -> None:
+    """A part waits for the judge, or is at its end."""
+    with self._lock:
+      self._working -= 1
+      if not self._working:
+        self._since = time.perf_counter()
+
+  def end(self) -> float:
+    """A part goes on. Seconds in which none did, until now."""
+    with self._lock:
+      seconds = 0.0 if self._working else time.perf_counter() - self._since
+      self._working += 1
+      return seconds
+
+
 class Growing:
   """A part of the forest while it grows: b counts its trees, `problems[b]` the caller's."""
 
@@ -69,6 +92,8 @@ class Growing:
     self.drawn: collections.Counter[Path] = collections.Counter()  # steps drawn after it
     self.returns: dict[tuple[int, tuple[int, ...]], float] = {}
     self.waiting: Callable[[], None] | None = None
+    self.lock = threading.Lock()  # held while it grows
+    self.waits = Waits(1)
     self.simulations = 0  # that have been grown
     self.generated = self.computed = 0
     self.waited_s = self.tree_s = 0.0
@@ -111,9 +136,9 @@ class Growing:
       self.waiting = None
 
   def _settle(self, simulation, drawn: list[Drawn], jobs, nodes, scores, fresh, verdicts) -> None:
-    started = time.perf_counter()
+    self.waits.begin()
     found = verdicts.result() if verdicts is not None else ()
-    self.waited_s += time.perf_counter() - started
+    self.waited_s += self.waits.end()
     self.returns.update(zip(fresh, map(float, found), strict=True))
     values = [self.returns.get(job, math.nan) for job in jobs]
     returns = np.array(values)

@@ -6,6 +6,7 @@ for; draws are named by (seed, problem, node, child), so nothing depends on when
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from o1jax.sampling.forest import Rollout
-from o1jax.sampling.paths import Paths
 from o1jax.search import SearchTree
 
 Saved = dict[str, np.ndarray]  # names of parts and fields, 'part0.tree.visits', -> arrays
@@ -22,12 +22,16 @@ _TREE = tuple(field.name for field in dataclasses.fields(SearchTree))
 Steps = Sequence[tuple[int, ...]]
 
 
-def packed(growing: Sequence[Any], paths: Paths) -> Saved:
+def packed(growing: Sequence[Any]) -> Saved:
   """The state of the parts of a forest (`mcts`), after the values under way are backed up."""
-  found = {'pool': np.array([paths.computed, paths.read_again])}
-  for i, part in enumerate(growing):
-    part.settle()
-    found |= {f'part{i}.{name}': array for name, array in _packed(part).items()}
+  with contextlib.ExitStack() as pause:
+    for part in growing:
+      pause.enter_context(part.lock)
+      part.settle()
+    counts = [(part.pool.computed, part.pool.read_again) for part in growing]
+    found = {'pool': np.sum(counts, axis=0)}
+    for i, part in enumerate(growing):
+      found |= {f'part{i}.{name}': array for name, array in _packed(part).items()}
   return found
 
 
@@ -37,9 +41,10 @@ def problems_of(saved: Saved) -> list[np.ndarray]:
   return [saved[f'part{i}.problems'] for i in range(count)]
 
 
-def restore(growing: Sequence[Any], paths: Paths, saved: Saved) -> None:
+def restore(growing: Sequence[Any], saved: Saved) -> None:
   """Brings the parts, new and of the problems of `problems_of`, to where `packed` saw them."""
-  paths.computed, paths.read_again = saved['pool'].tolist()
+  first = growing[0].pool  # which counts for all
+  first.computed, first.read_again = saved['pool'].tolist()
   for i, part in enumerate(growing):
     prefix = f'part{i}.'
     mine = {n.removeprefix(prefix): a for n, a in saved.items() if n.startswith(prefix)}

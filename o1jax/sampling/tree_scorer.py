@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from o1jax.models.transformer import Model, Params
+from o1jax.sampling.forest import halves
 from o1jax.sampling.guided import StepIds
 from o1jax.sampling.paths import Path, Paths, check_memory
 from o1jax.sampling.scorer import score_steps
@@ -15,6 +18,8 @@ from o1jax.sampling.scorer import score_steps
 
 class TreeScorer:
   """Process rewards in a tree search, as `mcts.Score`: the PRM reads every step once.
+
+  The two halves of the forest have a pool each, so that they can be asked about at once.
 
   Args:
     model: the decoder of the PRM.
@@ -40,21 +45,36 @@ class TreeScorer:
     nodes: int,
     rows: int = 128,
   ):
-    check_memory(model, slots=tokens, states=nodes, rows=rows, columns=max(map(len, prompts)))
-    self.model, self.params, self.steps = model, params, steps
-    self.paths = Paths(model, params['trunk'], prompts, slots=tokens, states=nodes, rows=rows)
-    self._known: dict[Path, float] = {}
-    self.scored = sum(map(len, prompts))  # tokens read so far: prompts and distinct steps
+    parts = halves(len(prompts))
+    columns = max(map(len, prompts))
+    check_memory(model, slots=tokens, states=nodes, rows=rows * len(parts), columns=columns)
+    self.steps, self._prompts = steps, sum(map(len, prompts))
+    self._halves = []
+    for part in parts:
+      share = len(part) / len(prompts)
+      held = {'slots': math.ceil(tokens * share), 'states': math.ceil(nodes * share), 'rows': rows}
+      paths = Paths(model, params['trunk'], prompts, **held)
+      self._halves.append(_Half(model, params, paths, steps))
+    self._second = len(parts[0])  # the first problem of the second half
+
+  @property
+  def pools(self) -> list[Paths]:
+    """Where the steps are kept."""
+    return [half.paths for half in self._halves]
+
+  @property
+  def scored(self) -> int:
+    """Tokens read so far: prompts and distinct steps."""
+    return self._prompts + sum(half.scored for half in self._halves)
 
   def __call__(self, paths: Sequence[Path]) -> np.ndarray:
     """Probabilities [n] that the last steps of the paths are good."""
-    new = [p for p in dict.fromkeys(paths) if p not in self._known]
-    if new:
-      self.paths.read(list(dict.fromkeys(p[:-1] for p in new)))
-      scores = self.paths.read_steps(new, self._measure, self._keep)
-      self._known.update(zip(new, scores, strict=True))
-      self.scored += sum(len(p[-1]) for p in new)
-    return 1 / (1 + np.exp(-np.array([self._known[p] for p in paths])))
+    found = np.zeros(len(paths))
+    of = np.array([path[0] >= self._second for path in paths], int)
+    for i in np.unique(of):
+      mine = np.flatnonzero(of == i)
+      found[mine] = self._halves[i]([paths[k] for k in mine])
+    return 1 / (1 + np.exp(-found))
 
   def of_steps(self, paths: Sequence[tuple[int, Sequence[int]]]) -> list[list[float]]:
     """Probabilities of all steps of whole paths: (problem index, tokens after the prompt) each."""
@@ -63,6 +83,26 @@ class TreeScorer:
     distinct = list(dict.fromkeys(prefix for each in prefixes for prefix in each))
     known = dict(zip(distinct, self(distinct).tolist(), strict=True))
     return [[known[prefix] for prefix in each] for each in prefixes]
+
+
+class _Half:
+  """The PRM's log-odds for the steps of half of the forest."""
+
+  def __init__(self, model: Model, params: dict[str, Params], paths: Paths, steps: StepIds):
+    self.model, self.params, self.paths, self.steps = model, params, paths, steps
+    self.scored = 0  # tokens of steps read so far
+    self._known: dict[Path, float] = {}
+    self._lock = threading.Lock()
+
+  def __call__(self, paths: Sequence[Path]) -> list[float]:
+    with self._lock:
+      new = [p for p in dict.fromkeys(paths) if p not in self._known]
+      if new:
+        self.paths.read(list(dict.fromkeys(p[:-1] for p in new)))
+        scores = self.paths.read_steps(new, self._measure, self._keep)
+        self._known.update(zip(new, scores.tolist(), strict=True))
+        self.scored += sum(len(p[-1]) for p in new)
+      return [self._known[p] for p in paths]
 
   def _measure(self, before, hidden, tokens, mask) -> jax.Array:
     return score_steps(self.model, self.params, before, hidden, tokens, mask)
