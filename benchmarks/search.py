@@ -7,12 +7,17 @@ tree begins at a prompt and steps that the model wrote before. All ways sample K
 chosen leaf. Ours and `recompute` (b) value them by a PRM (the policy's log-probabilities, as a PRM
 begins) and run the programs in the sandbox; (b) reads every prefix again, the PRM's too, and does
 not replace rows that have stopped. `released` (a) is transformers' `generate` on torch (the extra
-`parity`), one step of one problem a call, its prefix read again, without PRM and sandbox.
+`parity`), one step of one problem a call, its prefix read again, without PRM and sandbox; and the
+same with the PRM, which reads prefix and step again as a call of its own.
 `roll-outs` are ours and (b) with every step rolled out to its end, without PRM.
 
 Each search is compiled by a run that is not timed; then the ways take turns, and the fastest of
-`--repeats` runs stands. New tokens are prompts, once, and tokens drawn; tokens computed are those
-that the policy read or drew; positions are those, padding, and rows that have stopped.
+`--repeats` runs stands. A node is a step that was sampled, K for each leaf that is expanded, as the
+released code has them; `distinct` are those that are left where equal siblings are merged, which
+it does not do. New tokens are prompts, once, and tokens drawn; tokens computed are those that the
+policy read or drew; positions are those, padding, and rows that have stopped. The share of
+selection, expansion and backup is that of a run whose halves grow in turn, so that no half's
+selection waits for the other's products.
 """
 
 from __future__ import annotations
@@ -39,12 +44,14 @@ from o1jax.data.problems import load_split
 from o1jax.data.tokens import Tokenizer
 from o1jax.models import StepHead, hf
 from o1jax.sampling import PrmScorer, Sampler, Search, StepIds, TreeScorer
+from o1jax.sampling.paged import continue_paths
 from o1jax.sampling.sampler import pad_prompts
 from o1jax.sandbox.pool import Pool
 from o1jax.search import puct
 from o1jax.stages.execute import Executor
 
 CHILDREN, SIMULATIONS, ROWS, MAX_NEW = 4, 6, 256, 64
+POOL_TOKENS = 16  # that the pools hold of every node, whose steps have four in the mean
 REFERENCE_S = 15  # seconds of the released way, which is measured by its rate
 
 
@@ -91,14 +98,24 @@ class Case:
     return [float('nan') if v is None or v.masked else v.pass_rate for v in verdicts]
 
 
-class Reread:
-  """`continue_paths` without a pool: each leaf's prefix is read for its K rows together."""
+class Continued:
+  """`continue_paths`, its rows counted."""
 
   def __init__(self):
-    self.read: list[int] = []  # tokens of the prefixes, a number a call
+    self.steps: list[int] = []  # sampled, a number a call (which may come from two threads)
+    self.read: list[int] = []  # tokens of prefixes read again, likewise
+
+  def __call__(self, sampler: Sampler, paths, todo, **settings):
+    self.steps.append(len(todo))
+    return continue_paths(sampler, paths, todo, **settings)
+
+
+class Reread(Continued):
+  """The same without a pool: each leaf's prefix is read for its K rows together."""
 
   def __call__(self, sampler: Sampler, paths, todo, *, seed, ids, marks, keep):
     del marks, keep
+    self.steps.append(len(todo))
     leaves = list(dict.fromkeys(todo))
     each = len(todo) // len(leaves)
     prompts = [[*paths.prompts[p[0]], *sum(p[1:], ())] for p in leaves]
@@ -131,9 +148,13 @@ class Way:
   prompts: list[tuple[int, ...]]
   pool: bool
   mix: float = 1.0
+  overlap: bool = True
 
   def __call__(self, seed: int) -> dict[str, float]:
-    case, prompts, reread = self.case, self.prompts, Reread()
+    case, prompts = self.case, self.prompts
+    extend = Continued() if self.pool else Reread()
+    most = len(prompts) * (1 + CHILDREN * SIMULATIONS)
+    tokens = sum(map(len, prompts)) + POOL_TOKENS * most
     search = Search(
       case.sampler,
       case.steps,
@@ -142,29 +163,31 @@ class Way:
       max_depth=32,
       rule=puct,
       mix=self.mix,
+      pool_tokens=tokens if self.mix else 0,
+      overlap=self.overlap,
+      extend=extend,
     )
     score, prm_positions = rescore(case, prompts)
     if self.pool:
-      nodes = len(prompts) * (1 + CHILDREN * SIMULATIONS)
-      tokens = sum(map(len, prompts)) + 32 * nodes
-      score = TreeScorer(case.model, case.prm, prompts, case.steps, tokens=tokens, nodes=nodes)
+      score = TreeScorer(case.model, case.prm, prompts, case.steps, tokens=tokens, nodes=most)
       prm_positions = lambda: sum(p.computed for p in score.pools)  # noqa: E731
-    else:
-      search = dataclasses.replace(search, extend=reread)
     case.forget_programs()
     score = score if self.mix else None
     start, used = time.perf_counter(), cpu_seconds()
     forest = search(case.params, prompts, case.judge, score=score, seed=seed)
     seconds = time.perf_counter() - start
     own, sandbox = np.subtract(cpu_seconds(), used)
-    nodes, read = int((forest.tree.size - 1).sum()), sum(map(len, prompts))
+    nodes, read = sum(extend.steps), sum(map(len, prompts))
+    distinct = int((forest.tree.size - 1).sum())
     new = read + forest.generated
-    computed = new + forest.read_again if self.pool else sum(reread.read) + forest.generated
+    computed = new + forest.read_again if self.pool else sum(extend.read) + forest.generated
     return {
       'nodes': nodes,
       'programs': case.judged,
       'seconds': round(seconds, 3),
       'nodes_per_s': round(nodes / seconds, 1),
+      'distinct': distinct,
+      'distinct_per_s': round(distinct / seconds, 1),
       'new_tokens_per_s': round(forest.generated / seconds),
       'computed_per_new_token': round(computed / new, 3),
       'positions_per_new_token': round(forest.computed / new, 3),
@@ -193,8 +216,11 @@ def fastest(repeats: int, *ways: Way) -> list[dict[str, float]]:
   return [min(found, key=lambda run: run['seconds']) for found in zip(*runs, strict=True)]
 
 
-def released(case: Case, prompts) -> dict[str, float] | None:
-  """Nodes a second of transformers' generate, one step of one problem a call."""
+def released(case: Case, prompts, scored: bool) -> dict[str, float] | None:
+  """Nodes a second of transformers' generate, one step of one problem a call.
+
+  With `scored` the log-probability of every step is computed too, in a call of its own.
+  """
   try:
     import torch
     import transformers
@@ -205,7 +231,7 @@ def released(case: Case, prompts) -> dict[str, float] | None:
 
   def child(prompt):
     ids = torch.tensor([prompt])
-    return model.generate(
+    whole = model.generate(
       ids,
       attention_mask=torch.ones_like(ids),
       do_sample=True,
@@ -213,6 +239,10 @@ def released(case: Case, prompts) -> dict[str, float] | None:
       eos_token_id=list(case.steps.stops),
       pad_token_id=0,
     )
+    if scored:
+      with torch.inference_mode():
+        logprobs = model(whole).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        logprobs.gather(-1, whole[0, len(prompt) :, None]).sum().item()
 
   child(prompts[0])
   nodes, start = 0, time.perf_counter()
@@ -250,7 +280,10 @@ def main() -> None:
     peak = peak_bytes()  # before anything else is run
     ways = Way(case, prompts, pool=True), Way(case, prompts, pool=False)
     ours, recompute = fastest(args.repeats, *ways)
+    (in_turn,) = fastest(args.repeats, dataclasses.replace(ways[0], overlap=False))
+    ours['select_backup_share'] = in_turn['select_backup_share']
     show('ours', ours)
+    show('ours, halves in turn', in_turn)
     show('recompute', recompute)
     if args.growth:
       rolled = [dataclasses.replace(way, mix=0.0) for way in ways]
@@ -259,13 +292,17 @@ def main() -> None:
       for count, depth in ((1, 8), (16, 8), (256, 8), (64, 2), (64, 4), (64, 12)):
         way = Way(case, case.prefixes(count, depth), pool=True)
         show(f'ours, B={count}, depth={depth}', *fastest(args.repeats, way))
-    reference = None if args.no_reference else released(case, prompts)
-    show('released', reference)
+    references = [
+      None if args.no_reference else released(case, prompts, scored) for scored in (False, True)
+    ]
+    show('released', references[0])
+    show('released, with the PRM', references[1])
   ours |= {
     'peak_bytes': peak,
     'recompute_nodes_per_s': recompute['nodes_per_s'],
     'recompute_computed_per_new_token': recompute['computed_per_new_token'],
-    'released_nodes_per_s': reference and reference['nodes_per_s'],
+    'released_nodes_per_s': references[0] and references[0]['nodes_per_s'],
+    'released_with_prm_nodes_per_s': references[1] and references[1]['nodes_per_s'],
   }
   print(json.dumps(ours))
 

@@ -27,7 +27,7 @@ MODEL = Model(ModelConfig(40, 16, 1, 4, 2, 32))
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15, 16], [17], [18, 19]]
 SAMPLER = Sampler(MODEL, max_new=8, stop_ids=(1,), rows=20)  # rounded up to what divides
 # What makes a cache.
-STATES = {'prefill', 'gather_rows', 'begin', 'run', 'extend', 'gather', 'refill', '_begin'}
+STATES = {'prefill', 'gather_rows', 'begin', 'run', '_read', '_begin'}
 LARGE = 8 * 32  # bytes of the smallest cache, log-probs and tokens here
 
 

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from o1jax.models.transformer import Model
 from o1jax.parallel.ambient import ambient_ways, constrain
 from o1jax.parallel.distributed import fetch
 from o1jax.sampling.cache import DecodeState, laid_out
 from o1jax.sampling.decode import Continuation, run
 from o1jax.sampling.keys import row_keys
-from o1jax.sampling.kv_pool import gather, refill
+from o1jax.sampling.kv_pool import KvPool, gather, refill
 from o1jax.sampling.paths import Path, Paths
 from o1jax.sampling.rows import NONE, evenly_full, parts_of, side_by_side
 from o1jax.sampling.sampler import (
@@ -95,15 +96,17 @@ class _Queue:
   def run(self) -> Samples:
     state, where = None, np.zeros(0, int)  # row -> index in `todo`, NONE for a dead one
     while True:
-      state, where = self._arrange(state, where)
-      if not (where != NONE).any():
+      rows, where = self._arrange(state, where)
+      if rows is None:
         break
-      state, where = self._decode(state, where)
+      state, where = self._decode(rows, where)
     generated = int(self.out.lengths.sum())
     return dataclasses.replace(self.out, generated=generated, computed=self.computed)
 
-  def _arrange(self, state: DecodeState | None, where: np.ndarray):
-    """A batch of the rows that go on and of new ones."""
+  def _arrange(
+    self, state: DecodeState | None, where: np.ndarray
+  ) -> tuple[Continuation | None, np.ndarray]:
+    """A batch of the rows that go on and of new ones; None where there are none."""
     on = np.flatnonzero(where != NONE)
     stay = parts_of(on, len(where))
     wanted = min(len(on) + len(self.todo) - self.next, self.sampler.rows)
@@ -114,7 +117,7 @@ class _Queue:
     self.next += len(new)
     self._read_ahead(new)
     if not len(on) and not len(new):
-      return state, np.zeros(0, int)
+      return None, np.zeros(0, int)
     # Who goes on keeps its order and comes first in its part; the parts are filled evenly.
     take = side_by_side([on[part] for part in stay], rows).astype(np.int32)
     free = np.flatnonzero(take == NONE)
@@ -125,9 +128,17 @@ class _Queue:
       where[row], begun[row] = i, self.todo[i]
     self.width = max(self.width, self._needed(where))
     table, states = self.paths.table(begun, rows, self.width)
-    place = functools.partial(_place, self.sampler.model, self.paths.pool)
-    state = place(table, states) if state is None else place(table, states, state, take)
-    return state, where
+    live = where != NONE
+    rows = _begin(
+      self.sampler.model,
+      self.paths.pool,
+      (table, states),
+      None if state is None else (state, take),
+      self._chunk(where),
+      live,
+      self.stored[where] | ~live,
+    )
+    return rows, where
 
   def _needed(self, where: np.ndarray) -> int:
     """Columns that hold what the rows have read and drawn so far, padded."""
@@ -144,10 +155,9 @@ class _Queue:
         self.paths.pin(path, 1)
       self.ready += len(block)
 
-  def _decode(self, state: DecodeState, where: np.ndarray) -> tuple[DecodeState, np.ndarray]:
+  def _decode(self, rows: Continuation, where: np.ndarray) -> tuple[DecodeState, np.ndarray]:
     """Draws tokens until enough rows have stopped; the rows that go on."""
     live = where != NONE
-    rows = _begin(state, self._chunk(where), live, self.stored[where] | ~live)
     waiting = self.next < len(self.todo)
     size = len(where)
     # Where nothing waits, a much smaller batch is worth a new shape.
@@ -182,15 +192,15 @@ class _Queue:
 
   def _hand_over(self, got: dict[str, np.ndarray], where: np.ndarray) -> None:
     """Appends what was drawn to the samples."""
-    tokens, logprobs, lengths, live = (got[k] for k in ('tokens', 'logprobs', 'lengths', 'live'))
-    out = self.out
-    for r in np.flatnonzero(where != NONE):
-      i, done = where[r], out.lengths[where[r]]
-      count = min(int(lengths[r]), self.sampler.max_new - done)  # the rest is beyond the limit
-      out.tokens[i, done : done + count] = tokens[r, :count]
-      out.logprobs[i, done : done + count] = logprobs[r, :count]
-      out.lengths[i] = done + count
-      out.stopped[i] = not live[r] and count == lengths[r]
+    out, rows = self.out, np.flatnonzero(where != NONE)
+    i = where[rows]
+    done, drawn = out.lengths[i], got['lengths'][rows]
+    count = np.minimum(drawn, self.sampler.max_new - done)  # the rest is beyond the limit
+    r, t = np.nonzero(np.arange(CHUNK) < count[:, None])
+    to, at = (i[r], done[r] + t), (rows[r], t)
+    out.tokens[to], out.logprobs[to] = got['tokens'][at], got['logprobs'][at]
+    out.lengths[i] = done + count
+    out.stopped[i] = ~got['live'][rows] & (count == drawn)
 
   def _store(self, rows: Continuation, marked: np.ndarray, where: np.ndarray, done) -> None:
     """Puts the first steps that were completed into the pool, each distinct one once."""
@@ -224,16 +234,16 @@ def _draw(keys: jax.Array, count: int) -> jax.Array:
   return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
 
 
-def _place(model, pool, table, states, old=None, take=None) -> DecodeState:
-  if old is None:
-    return gather(model, pool, table, states, new=CHUNK)
-  return refill(model, pool, old, take, table, states, new=CHUNK)
+@functools.partial(jax.jit, static_argnames='model')
+def _begin(model: Model, pool: KvPool, paths, on, uniforms, live, marked) -> Continuation:
+  """A batch about to draw: rows behind `paths` (table, states), and those that go `on` if any.
 
-
-@functools.partial(jax.jit, donate_argnames='state')
-def _begin(
-  state: DecodeState, uniforms: jax.Array, live: jax.Array, marked: jax.Array
-) -> Continuation:
+  See `gather` and `refill`; `on` is (state, take).
+  """
+  if on is None:
+    state = gather(model, pool, *paths, new=CHUNK)
+  else:
+    state = refill(model, pool, *on, *paths, new=CHUNK)
   by_row = functools.partial(constrain, names=('batch',))
   return Continuation(
     state=laid_out(state),

@@ -8,12 +8,12 @@ A path that is not there (evicted, or never stored) is read from where the pool 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import psutil
 
@@ -21,7 +21,7 @@ from o1jax.models.transformer import Model, Params
 from o1jax.parallel.ambient import ambient_ways
 from o1jax.parallel.distributed import fetch
 from o1jax.sampling.cache import DecodeState, extend
-from o1jax.sampling.kv_pool import empty_pool, gather, state_bytes, store, token_bytes
+from o1jax.sampling.kv_pool import KvPool, empty_pool, gather, state_bytes, store, token_bytes
 from o1jax.sampling.rows import NONE
 from o1jax.sampling.sampler import FEWEST, PROMPT_MULTIPLE, length_batches, round_up
 
@@ -141,9 +141,7 @@ class Paths:
       tokens[r, : len(step)] = step
       mask[r, : len(step)] = True
     table, states = self.table([p[:-1] for p in paths], rows)
-    state = gather(self.model, self.pool, table, states, new=width)
-    before = jnp.copy(state.hidden)  # `extend` deletes the state
-    hidden, state = extend(self.model, self.params, state, tokens, mask)
+    before, hidden, state = _read(self.model, self.params, self.pool, table, states, tokens, mask)
     self.computed += tokens.size
     self.read_again += sum(len(s) for p, s in zip(paths, steps, strict=True) if p in self._seen)
     kept = [(p, r) for r, p in enumerate(paths) if keep(p)]
@@ -316,6 +314,13 @@ def free_bytes() -> int:
   return psutil.virtual_memory().available
 
 
+@functools.partial(jax.jit, static_argnames='model')
+def _read(model: Model, params: Params, pool: KvPool, table, states, tokens, mask):
+  """Reads steps [R, t] behind the paths of a table: the state before, states [R, t, D], the end."""
+  state = gather(model, pool, table, states, new=tokens.shape[1])
+  return state.hidden, *extend(model, params, state, tokens, mask)
+
+
 def _prefixes(path: Path) -> Iterator[Path]:
   """The path's beginnings, the prompt first and itself last."""
   return (path[:n] for n in range(1, len(path) + 1))
@@ -325,7 +330,8 @@ def _power(count: int) -> int:
   return 1 << max(0, count - 1).bit_length()
 
 
-def _padded(values: Sequence[int] | np.ndarray, fill: int) -> jnp.ndarray:
+def _padded(values: Sequence[int] | np.ndarray, fill: int) -> np.ndarray:
   """Indices, padded to a power of two of at least SMALLEST."""
-  size = max(SMALLEST, _power(len(values)))
-  return np.pad(np.asarray(values, np.int32), (0, size - len(values)), constant_values=fill)
+  padded = np.full(max(SMALLEST, _power(len(values))), fill, np.int32)
+  padded[: len(values)] = values
+  return padded
