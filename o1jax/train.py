@@ -20,7 +20,7 @@ def loop(run) -> dict[str, Any]:
   from o1jax.stages.control import expert_iteration
   from o1jax.stages.policy_sft import finetune_policy
   from o1jax.stages.prm import train_prm
-  from o1jax.stages.prm_rollouts import sample_tuned, sample_unseen
+  from o1jax.stages.prm_rollouts import sample_held_back, sample_tuned, sample_unseen
   from o1jax.stages.report import (
     Candidate,
     Judged,
@@ -44,6 +44,7 @@ def loop(run) -> dict[str, Any]:
     tuned = finetune_policy(run, round_, searcher, found)  # step 3: learn verified paths
     policies.append(Candidate(f'round{round_}/sft', tuned))
     found += sample_tuned(run, round_, tuned)
+    unseen += sample_held_back(run, round_, tuned)  # from these, only PRMs learn
     first = prm = train_prm(run, round_, tuned, found + unseen)  # step 4: learn to judge a step
     known = list(found)
     policy, rollouts = improve_policy(run, round_, tuned, prm, tests, known)  # step 5
@@ -55,7 +56,7 @@ def loop(run) -> dict[str, Any]:
       control = expert_iteration(run, tuned, known, spent, seed=seed)
       policies.append(Candidate('control/expert_iteration', control))
     if run.config.prm.renews(round_, rounds):  # the policy has outgrown the PRM it learnt from
-      unseen += sample_unseen(run, round_, policy)  # from these, only a PRM learns
+      unseen += sample_unseen(run, round_, policy)
       renewed = prm = train_prm(run, round_, policy, found + unseen, renewed=True)
     judged.append(Judged(first, renewed, searcher, tuned, policy))
   rows = {

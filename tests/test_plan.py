@@ -292,7 +292,7 @@ def test_counts_of_a_small_run():
   judge = config.data.model_copy(update={'judge_problems': 20})
   held = config.model_copy(update={'prm': last, 'run': rounds, 'data': judge})
   assert counts.trained(held)['prm'] == 3 * config.prm.optim.steps + 7
-  assert counts.sampled(held)['prm'] == 4 * (3 * 10 + 20)
+  assert counts.sampled(held)['prm'] == 4 * (3 * 10 + 3 * 6 + 20)
   assert counts.kept(held, 'rl')['prm'] == 3 and counts.kept(held, 'prm')['prm'] == 3
   told = {'test_time': True, 'search': 'voted', 'search_children': 2, 'search_simulations': 5}
   voted = config.model_copy(update={'eval': config.eval.model_copy(update=told)})

@@ -47,6 +47,14 @@ def test_the_round_has_its_own_and_nothing_is_tried_for_nothing(run):
   assert prm_rollouts.sample_tuned(none, 0, run.base) == []
 
 
+def test_every_round_tries_a_share_of_the_held_back_problems(run):
+  assert run.config.run.rounds == 2  # of five problems two a round
+  tried = [prm_rollouts.sample_held_back(run, i, run.base) for i in range(2)]
+  ids = [{t.problem_id for t in found} for found in tried]
+  assert ids == [{p.id for p in part} for part in (run.judge[:2], run.judge[2:4])]
+  assert {t.origin for t in tried[1]} == {'round1/held_back/prm'}
+
+
 def test_the_policy_knows_nothing_of_held_back_problems(run):
   held = {p.id for p in run.judge}
   assert not held & {p.id for split in (run.train, run.dev, run.test) for p in split}

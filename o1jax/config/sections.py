@@ -125,9 +125,10 @@ class DataConfig(Section):
   # Train problems of a round: the next ones in each, around again at the end. It searches these; RL
   # draws from those of earlier rounds too. What is known for long leaves little to find. 0: all.
   per_round: Natural = 0
-  # Further train problems, which PRMs alone learn from: behind RL, where the PRM is made anew
-  # (`prm.renew`), the policy tries each `prm.samples` times. On problems that it was trained on it
-  # hardly shows what it gets wrong.
+  # Further train problems, which PRMs alone learn from: in each round the fine-tuned policy tries an
+  # equal share of them, and behind RL, where the PRM is made anew (`prm.renew`), the policy tries
+  # all, each `prm.samples` times. On problems that it was trained on it hardly shows what it gets
+  # wrong.
   judge_problems: Natural = 0
   dev_problems: Count = 200
   test_problems: Count = 500
@@ -211,10 +212,9 @@ class Config(Section):
     if self.rl.problems > getattr(self.data, first):
       text = f'rl.problems={self.rl.problems} exceeds data.{first}={getattr(self.data, first)}'
       yield ('rl.problems', f'data.{first}'), f'{text}; use at most that'
-    if (held := self.data.judge_problems) and not (self.prm.samples and self.prm.renew):
-      text = f'data.judge_problems={held} are for a PRM that is made anew from roll-outs'
-      keys = ('data.judge_problems', 'prm.samples', 'prm.renew')
-      yield keys, f"{text}; set prm.renew='last' and prm.samples to 16, or so"
+    if (held := self.data.judge_problems) and not self.prm.samples:
+      text = f'data.judge_problems={held} are for PRMs that learn from roll-outs'
+      yield ('data.judge_problems', 'prm.samples'), f'{text}; set prm.samples to 16, or so'
     if self.data.per_round > self.data.train_problems:
       text = f'data.per_round={self.data.per_round} exceeds data.train_problems'
       keys = ('data.per_round', 'data.train_problems')

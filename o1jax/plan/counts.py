@@ -41,11 +41,13 @@ def sampled(config: Config) -> dict[str, int]:
   rollouts = config.rl.iterations * config.rl.rows
   trainings = 2 * rounds + config.rl.control
   prms = _prms(config)
+  tried = config.data.judge_problems
+  held = tried // rounds * rounds  # by the fine-tuned policies, a share in each round
   judged = min(config.eval.prm_problems, config.data.test_problems)
   found = {
     'search': new * (uct + (rounds - 1) * later),
     'search control': new * (rounds - 1) * later if guided and config.eval.sampling_control else 0,
-    'prm': (new * rounds + config.data.judge_problems * _renewed(config)) * config.prm.samples,
+    'prm': (new * rounds + held + tried * _renewed(config)) * config.prm.samples,
     'rl': rollouts * rounds,
     'rl control': rollouts if config.rl.control else 0,
     'dev': trainings * evaluated * config.data.dev_problems,

@@ -27,6 +27,16 @@ def sample_unseen(run: Run, round_: int, policy: Any) -> list[Trajectory]:
   return _sampled(run, round_, f'round{round_}/unseen/prm', policy, run.judge)
 
 
+def sample_held_back(run: Run, round_: int, policy: Any) -> list[Trajectory]:
+  """`prm.samples` roll-outs of the fine-tuned policy for the round's share of held-back problems.
+
+  For the PRM alone, like those of `sample_unseen`.
+  """
+  each = len(run.judge) // run.config.run.rounds
+  share = run.judge[round_ * each : (round_ + 1) * each]
+  return _sampled(run, round_, f'round{round_}/held_back/prm', policy, share)
+
+
 def _sampled(
   run: Run, round_: int, name: str, policy: Any, problems: Sequence[Problem]
 ) -> list[Trajectory]:
