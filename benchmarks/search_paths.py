@@ -197,8 +197,6 @@ class Trees:
       pool_tokens=sum(map(len, case.prompts)) + count * POOL_TOKENS,
       enough=Decided(self.lead, step_ids(run)) if self.lead else None,
     )
-    if judge is None:  # the scorer is the judge too, and must not be asked by two threads at once
-      grow = dataclasses.replace(grow, overlap=False)
     judge = judge or (lambda jobs: [min(steps) for steps in scorer.of_steps(jobs)])
     draws = {'seed': case.seed + 2, 'ids': name_ids(case.problems)}
     forest = grow(case.policy.params, case.prompts, judge, score=scorer, **draws)

@@ -125,10 +125,10 @@ class DataConfig(Section):
   # Train problems of a round: the next ones in each, around again at the end. It searches these; RL
   # draws from those of earlier rounds too. What is known for long leaves little to find. 0: all.
   per_round: Natural = 0
-  # Further train problems, which PRMs alone learn from: in each round the fine-tuned policy tries an
-  # equal share of them, and behind RL, where the PRM is made anew (`prm.renew`), the policy tries
-  # all, each `prm.samples` times. On problems that it was trained on it hardly shows what it gets
-  # wrong.
+  # Further train problems, which PRMs alone learn from: in each round the fine-tuned policy tries
+  # an equal share of them, and behind RL, where the PRM is made anew (`prm.renew`), the policy
+  # tries all, each `prm.samples` times. On problems that it was trained on it hardly shows what
+  # it gets wrong.
   judge_problems: Natural = 0
   dev_problems: Count = 200
   test_problems: Count = 500
