@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import subprocess
 import sys
 import threading
@@ -128,6 +129,23 @@ def test_continued_paths_are_those_of_the_sampler(rows, chunk, monkeypatch):
   assert not any(e.pins for e in paths._entries.values())
 
 
+def test_steps_behind_long_prompts_are_those_of_the_sampler():
+  rng = np.random.default_rng(6)
+  prompts = [rng.integers(4, 40, n).tolist() for n in (30, 33, 61, 64, 70)]
+  sampler = dataclasses.replace(SAMPLER, stop_ids=STEPS.stops)
+  paths = Paths(MODEL, tiny_params(), prompts, slots=900, states=60, rows=8)
+  todo = [(p,) for p in range(5) for _ in range(3)]
+  ids = np.column_stack([np.arange(15), np.zeros(15, int)])
+  for seed in (4, 5):  # the second time behind the steps that were found first
+    begun = [[*prompts[p[0]], *sum(p[1:], ())] for p in todo]
+    want = sampler(tiny_params(), begun, seed=seed, ids=ids[: len(todo), :1])
+    got = continue_paths(sampler, paths, todo, seed=seed, ids=ids[: len(todo)], marks=STEPS.stops)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    ended = np.flatnonzero(got.stopped)
+    todo = [(*todo[r], tuple(got.ids(r))) for r in ended]
+  assert len(todo) > 3
+
+
 def judge(jobs):
   """The return of a path: how many of its tokens are even; NaN for a few of them."""
   return [
@@ -176,8 +194,8 @@ def test_the_judge_works_beside_the_device_and_changes_nothing(forest):
 def test_a_search_that_does_not_fit_says_so_before_it_starts():
   each = token_bytes(MODEL)
   assert each == 2 * 2 * 2 * 4 * 4  # keys and values, layers, heads, their width, float32
-  sizes = {'slots': 1000, 'states': 10, 'rows': 4, 'columns': 32}
-  needed = 1000 * each + 10 * 64 + 2 * 4 * 32 * each
+  sizes = {'slots': 993, 'states': 10, 'rows': 4, 'columns': 32}
+  needed = 1024 * each + 10 * 64 + 2 * 4 * 32 * each
   check_memory(MODEL, **sizes, free=needed)
   with pytest.raises(ValueError, match=rf'needs {needed} bytes .* there are 60000; lower pool_tok'):
     check_memory(MODEL, **sizes, free=60_000)
@@ -186,6 +204,23 @@ def test_a_search_that_does_not_fit_says_so_before_it_starts():
   huge = dataclasses.replace(SEARCH, simulations=10**9)
   with pytest.raises(ValueError, match='lower pool_tokens'):
     huge(tiny_params(), PROMPTS, judge)
+
+
+def test_the_room_that_a_search_is_told_to_take_is_there():
+  free = 400_000
+  sizes = {'states': 10, 'rows': 4, 'columns': 32, 'free': free}
+  with pytest.raises(ValueError, match='lower pool_tokens to at most') as told:
+    check_memory(MODEL, slots=5000, **sizes)
+  most = int(re.search(r'at most (\d+)', str(told.value)).group(1))
+  check_memory(MODEL, slots=most, **sizes)
+  with pytest.raises(ValueError, match='lower pool_tokens'):
+    check_memory(MODEL, slots=2 * most, **sizes)
+
+
+def test_widths_are_few():
+  wide = [paged._roomy(columns) for columns in range(1, 1025)]
+  assert all(w >= columns for columns, w in enumerate(wide, start=1))
+  assert sorted(set(wide)) == [32, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
 
 
 def tree_scores(paths):

@@ -36,7 +36,7 @@ from o1jax.sampling.sampler import (
 
 CHUNK = 16  # tokens drawn between two replacements, at most
 FEWEST_ROWS = 16  # of a batch
-WIDTH_MULTIPLE = 32  # columns of the prefixes are padded to this: a compiled loop each
+NARROWEST = 32  # columns of the prefixes of single steps, see `_roomy`
 DEAD_SHARE = 3  # rows are replaced when one in so many has stopped: each time copies the batch
 _DRAWN = ('tokens', 'logprobs', 'lengths', 'live', 'marked')  # what the host reads of a batch
 
@@ -86,7 +86,10 @@ class _Queue:
         f'{longest} tokens and max_new={sampler.max_new} exceed max_position={limit} of the model; '
         f'use max_new of at most {limit - longest}'
       )
-    self.width = 0  # columns before those that are drawn next
+    # Columns before those that are drawn next. Where rows end with a step they begin as narrow as
+    # their prefixes are; whole roll-outs fill them anyway, and each width is compiled.
+    self.full = widest(sampler, longest) - CHUNK
+    self.width = 0 if set(sampler.stop_ids) >= set(marks) > set() else self.full
     self.out = empty_samples(len(todo), sampler.max_new)
     self.uniforms = _uniforms(seed, ids, sampler.max_new)
     self.next = self.ready = 0  # of `todo`: the first not begun, the first not read
@@ -144,7 +147,7 @@ class _Queue:
     """Columns that hold what the rows have read and drawn so far, padded."""
     chosen = where[where != NONE]
     lengths = [self.paths.length(self.todo[i]) + self.out.lengths[i] for i in chosen]
-    return round_up(max(lengths), WIDTH_MULTIPLE)
+    return min(self.full, _roomy(int(max(lengths))))
 
   def _read_ahead(self, new: np.ndarray) -> None:
     """Reads the paths of the next rows, and holds them until they are continued."""
@@ -220,6 +223,13 @@ class _Queue:
         # Token t of a row lies t columns after its first, which `done` tokens before lie left of W.
         news[path] = (path, r, self.width - done[r] + np.arange(len(step)))
     self.paths.store(rows.state, rows.mark, news.values())
+
+
+def _roomy(columns: int) -> int:
+  """The least of NARROWEST times 1, 2, 3, 4, 6, 8, 12, ... that is not below: few are compiled."""
+  power = NARROWEST << max(0, (columns - 1) // NARROWEST).bit_length()
+  between = power // 4 * 3
+  return between if columns <= between and between % NARROWEST == 0 else power
 
 
 def _uniforms(seed: int, ids: np.ndarray, count: int) -> np.ndarray:

@@ -73,7 +73,7 @@ class Paths:
     self.model, self.params, self.rows = model, params, rows
     self.prompts = [tuple(p) for p in prompts]
     self.slots = slots
-    self.pool = empty_pool(model, slots, states)
+    self.pool = empty_pool(model, _alike(slots), _alike(states))
     self.computed = self.read_again = self.evicted = 0
     self._entries: dict[Path, _Entry] = {}
     self._seen: set[Path] = set()
@@ -181,7 +181,7 @@ class Paths:
       _, ends, columns = zip(*news[: len(entries)], strict=True)
       rows = np.repeat(ends, [len(where) for where in columns])
       slots = np.concatenate([entry.slots for entry in entries])
-      tokens = ((rows, 0), (np.concatenate(columns), 0), (slots, self.slots))
+      tokens = ((rows, 0), (np.concatenate(columns), 0), (slots, _alike(self.slots)))
       states = [entry.state for entry in entries]
       self.pool = store(
         self.pool,
@@ -278,8 +278,8 @@ def check_memory(
 
   Args:
     model: the decoder.
-    slots: tokens of the pool.
-    states: states of the pool.
+    slots: tokens of the pool, which is up to an eighth larger.
+    states: states of the pool, likewise.
     rows: decoded at once.
     columns: of their cache.
     free: bytes there, if they are known otherwise.
@@ -288,11 +288,11 @@ def check_memory(
     ValueError: with the bytes needed, the bytes there and what to lower.
   """
   free = free_bytes() if free is None else free
-  pool = slots * token_bytes(model) + states * state_bytes(model)
+  pool = _alike(slots) * token_bytes(model) + _alike(states) * state_bytes(model)
   working = 2 * rows * columns * token_bytes(model)  # the old and the new one while rows change
   if pool + working <= free:
     return
-  fits = int((free - working) / (token_bytes(model) + state_bytes(model)))
+  fits = int(8 / 9 * (free - working) / (token_bytes(model) + state_bytes(model)))
   remedy = (
     f'lower pool_tokens to at most {fits} (what it cannot hold is read again), or the problems, '
     f'simulations or children of a search'
@@ -324,6 +324,11 @@ def _read(model: Model, params: Params, pool: KvPool, table, states, tokens, mas
 def _prefixes(path: Path) -> Iterator[Path]:
   """The path's beginnings, the prompt first and itself last."""
   return (path[:n] for n in range(1, len(path) + 1))
+
+
+def _alike(count: int) -> int:
+  """As much or up to an eighth more, so that pools of about one size share what is compiled."""
+  return round_up(count, 1 << max(0, count.bit_length() - 4))
 
 
 def _power(count: int) -> int:
