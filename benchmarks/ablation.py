@@ -43,6 +43,7 @@ BEFORE = (  # stages that a variant's RL stands on
   'round0/synthesis',
   'round0/policy_sft',
   'round0/rollouts/prm',
+  'round0/held_back/prm',  # where there are such problems
   'round0/prm',
 )
 ROW = 'stages/test_round0_rl/report/done.json'
@@ -60,6 +61,8 @@ def prepared(source: pathlib.Path, folder: pathlib.Path) -> None:
   half = folder.with_name(f'{folder.name}.half')
   shutil.rmtree(half, ignore_errors=True)
   for stage in BEFORE:
+    if stage == 'round0/held_back/prm' and not (source / 'stages' / stage).exists():
+      continue
     if not (source / 'stages' / stage / 'done.json').exists():
       raise SystemExit(f'{source}: {stage} is not finished; run benchmarks/loop.py first')
     shutil.copytree(source / 'stages' / stage, half / 'stages' / stage)
@@ -101,9 +104,11 @@ def own_rows(source: pathlib.Path) -> dict[str, dict[str, Any]]:
   if not path.exists():
     raise SystemExit(f'{source}: no summary.json; run benchmarks/loop.py first')
   by_stage = {row['stage']: row for row in json.loads(path.read_text())['policy']}
-  rows = {name: by_stage[stage] for name, stage in {'full': 'round0/rl', **MADE}.items()}
+  made = {'full': 'round0/rl', **MADE}
+  rows = {name: by_stage[stage] for name, stage in made.items() if stage in by_stage}
   spent = {'full': 'round0/rl', 'expert iteration': 'expert_iteration/rl'}
-  for name, stage in spent.items():
+  for name in spent.keys() & rows.keys():
+    stage = spent[name]
     rows[name]['tokens'] = _read(source / 'stages' / stage / 'done.json')['sampled_tokens']
   return rows
 
@@ -173,7 +178,8 @@ def main() -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     variant(sources[seed], folder, [*VARIANTS[name], *options.overrides])
   made = {seed: own_rows(source) for seed, source in sources.items()}
-  rows = {name: [made[seed][name] for seed in options.seeds] for name in ('full', *MADE)}
+  there = set.intersection(*(set(rows) for rows in made.values()))  # a run may have no control
+  rows = {name: [made[s][name] for s in options.seeds] for name in ('full', *MADE) if name in there}
   for name in options.variants:
     rows[name] = [variant_row(folders[seed, name]) for seed in options.seeds]
   results = {name: pooled(found, rows['full']) for name, found in rows.items()}

@@ -132,7 +132,7 @@ def test_continued_paths_are_those_of_the_sampler(rows, chunk, monkeypatch):
 def test_steps_behind_long_prompts_are_those_of_the_sampler():
   rng = np.random.default_rng(6)
   prompts = [rng.integers(4, 40, n).tolist() for n in (30, 33, 61, 64, 70)]
-  sampler = dataclasses.replace(SAMPLER, stop_ids=STEPS.stops)
+  sampler = dataclasses.replace(SAMPLER, stop_ids=STEPS.stops, rows=8)  # longer ones join shorter
   paths = Paths(MODEL, tiny_params(), prompts, slots=900, states=60, rows=8)
   todo = [(p,) for p in range(5) for _ in range(3)]
   ids = np.column_stack([np.arange(15), np.zeros(15, int)])
