@@ -5,8 +5,9 @@
 
 Every variant starts from the SFT policy, the PRM and the tests of its seed's run, and samples as
 many roll-outs as the run's own RL, which is the row `full`; `expert iteration` is its control. A
-finished variant is not made again. Prints a Markdown table of the held-out test problems and, last,
-one line of JSON. Differences are paired by problem, with 95 % bootstrap intervals.
+finished variant is not made again. With `--problems N` all are judged anew on N test problems, of
+which the first are those of the runs. Prints a Markdown table of the held-out test problems and,
+last, one line of JSON. Differences are paired by problem, with 95 % bootstrap intervals.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ BEFORE = (  # stages that a variant's RL stands on
 )
 ROW = 'stages/test_round0_rl/report/done.json'
 SPENT = 'stages/round0/rl/done.json'
+POLICY_SFT = 'round0/policy_sft/policy'
 
 
 def prepared(source: pathlib.Path, folder: pathlib.Path) -> None:
@@ -118,6 +120,26 @@ def variant_row(folder: pathlib.Path) -> dict[str, Any]:
   return _read(folder / ROW) | {'tokens': _read(folder / SPENT)['sampled_tokens']}
 
 
+def judged_anew(
+  source: pathlib.Path, policies: Mapping[str, pathlib.Path], problems: int
+) -> dict[str, dict[str, Any]]:
+  """Rows as `own_rows` and `variant_row` have them, of policies saved in folders.
+
+  Of test problems that a run of the seed of `source` holds out, as many as are asked for.
+  """
+  from search_value import reopened
+
+  from o1jax.run import checkpoints
+  from o1jax.stages.evaluate import pass_at_1
+  from o1jax.stages.report import SEED
+
+  with reopened(source, problems) as run:
+    return {
+      name: pass_at_1(run, checkpoints.load_tree(policy), run.test, seed=SEED)
+      for name, policy in policies.items()
+    }
+
+
 def pooled(rows: Sequence[Mapping[str, Any]], full: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """One variant over its seeds beside `full`: outcomes averaged over seeds, then compared.
 
@@ -165,6 +187,7 @@ def main() -> None:
   parser.add_argument('--dir', default='runs/ablation', help='variants go to DIR-SEED/')
   parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
   parser.add_argument('--variants', nargs='+', default=list(VARIANTS), choices=VARIANTS)
+  parser.add_argument('--problems', type=int, default=0, help='of the test split, judged anew')
   parser.add_argument('overrides', nargs='*', metavar='section.key=value')
   options = parser.parse_intermixed_args()
   sources = {seed: pathlib.Path(f'{options.runs}-{seed}') for seed in options.seeds}
@@ -182,6 +205,16 @@ def main() -> None:
   rows = {name: [made[s][name] for s in options.seeds] for name in ('full', *MADE) if name in there}
   for name in options.variants:
     rows[name] = [variant_row(folders[seed, name]) for seed in options.seeds]
+  if options.problems:
+    for i, seed in enumerate(options.seeds):
+      stages = sources[seed] / 'stages'
+      policies = {'full': stages / 'round0/rl/policy', 'SFT, no RL': stages / POLICY_SFT}
+      policies |= {
+        name: folders[seed, name] / 'stages/round0/rl/policy' for name in options.variants
+      }
+      for name, row in judged_anew(sources[seed], policies, options.problems).items():
+        rows[name][i] |= row
+    rows = {name: rows[name] for name in policies}
   results = {name: pooled(found, rows['full']) for name, found in rows.items()}
   _show(results)
   settings = {'seeds': options.seeds, 'overrides': options.overrides}
