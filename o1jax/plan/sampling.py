@@ -118,7 +118,7 @@ def _expand(given: Arguments) -> Step:
   """The rows of a tree search gathered from its pool of keys and values, for a chunk's problems."""
   model, at, config = given.model, _shapes(given), given.config
   rows = round_up(config.search.rows, given.ways)
-  # As `Search.paths_for` has it: roll-outs begin at every depth.
+  # As `Search` has it, the pools of both halves together: roll-outs begin at every depth.
   simulations = math.ceil(config.search.simulations / config.search.children)
   nodes = 1 + config.search.children * simulations
   problems = min(synthesis.CHUNK, config.data.per_round or config.data.train_problems)
