@@ -39,17 +39,18 @@ VARIANTS = {
 }
 # Rows that the runs have made themselves, by their stage in the report.
 MADE = {'SFT, no RL': 'round0/sft', 'expert iteration': 'control/expert_iteration'}
+POLICIES = {'full': 'round0/rl', 'SFT, no RL': 'round0/policy_sft'}  # by the stage that made them
 BEFORE = (  # stages that a variant's RL stands on
   'tcg',
   'round0/synthesis',
   'round0/policy_sft',
   'round0/rollouts/prm',
-  'round0/held_back/prm',  # where there are such problems
+  'round0/held_back/prm',
   'round0/prm',
 )
+OPTIONAL = 'round0/held_back/prm'  # of runs with `data.judge_problems`
 ROW = 'stages/test_round0_rl/report/done.json'
 SPENT = 'stages/round0/rl/done.json'
-POLICY_SFT = 'round0/policy_sft/policy'
 
 
 def prepared(source: pathlib.Path, folder: pathlib.Path) -> None:
@@ -63,7 +64,7 @@ def prepared(source: pathlib.Path, folder: pathlib.Path) -> None:
   half = folder.with_name(f'{folder.name}.half')
   shutil.rmtree(half, ignore_errors=True)
   for stage in BEFORE:
-    if stage == 'round0/held_back/prm' and not (source / 'stages' / stage).exists():
+    if stage == OPTIONAL and not (source / 'stages' / stage).exists():
       continue
     if not (source / 'stages' / stage / 'done.json').exists():
       raise SystemExit(f'{source}: {stage} is not finished; run benchmarks/loop.py first')
@@ -208,7 +209,7 @@ def main() -> None:
   if options.problems:
     for i, seed in enumerate(options.seeds):
       stages = sources[seed] / 'stages'
-      policies = {'full': stages / 'round0/rl/policy', 'SFT, no RL': stages / POLICY_SFT}
+      policies = {name: stages / path / 'policy' for name, path in POLICIES.items()}
       policies |= {
         name: folders[seed, name] / 'stages/round0/rl/policy' for name in options.variants
       }
