@@ -21,13 +21,14 @@ from o1jax.sampling.guided import Guided, StepIds
 from o1jax.sampling.mcts import Search
 from o1jax.sampling.sampler import Sampler
 from o1jax.sampling.scorer import PrmScorer
+from o1jax.sampling.tree_scorer import _log_odds
 
 STEPS = StepIds(step_end=2, terminal=3, eos=1)
 MODEL = Model(ModelConfig(40, 16, 1, 4, 2, 32))
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15, 16], [17], [18, 19]]
 SAMPLER = Sampler(MODEL, max_new=8, stop_ids=(1,), rows=20)  # rounded up to what divides
 # What makes a cache.
-STATES = {'prefill', 'gather_rows', 'begin', 'run', '_read', '_begin'}
+STATES = {'prefill', 'gather_rows', 'begin', 'run', '_begin'}
 LARGE = 8 * 32  # bytes of the smallest cache, log-probs and tokens here
 
 
@@ -88,7 +89,7 @@ def test_the_same_tokens_over_every_mesh_and_no_cache_is_whole(alone, monkeypatc
 
     monkeypatch.setattr(module, name, spy)
 
-  for module in (sampler_module, paged_module, paths_module, scorer_module):
+  for module in (sampler_module, paged_module, scorer_module):
     for name in STATES & vars(module).keys():
       spied(module, name)
   with jax.set_mesh(mesh):
@@ -117,14 +118,16 @@ def programs(prm):
   keys = jax.random.split(jax.random.key(0), ROWS)
   rows = decode.begin(spread(state, at), keys, mask[:, 0], max_new=8)
   pool, table = kv_pool.empty_pool(MODEL, ROWS, ROWS), np.tile(at, (ROWS, 1))
-  refill, store = kv_pool.refill, kv_pool.store
-  _, read = score(prm, state, at, tokens, mask)
+  refill, store, read = kv_pool.refill, kv_pool.store, paths_module._read
+  behind = (table, at), tokens, mask, (np.tile(at[:, None], (1, 8)), at)
+  _, scored = score(prm, state, at, tokens, mask)
   return {
     'score': score,
-    'adopt': scorer_module.adopt.lower(state, read, at).compile(),
+    'adopt': scorer_module.adopt.lower(state, scored, at).compile(),
     'spread': spread,
     'compact': sampler_module._gather.lower(rows, at[::2], mask[::2, 0]).compile(),
     'refill': refill.lower(MODEL, pool, state, at, table, at, new=8).compile(),
+    'read': read.lower(MODEL, trunk, prm['head'], pool, *behind, measure=_log_odds).compile(),
     'store': store.lower(pool, state, (at, at, at), state.hidden, (at, at)).compile(),
   }
 

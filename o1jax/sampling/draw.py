@@ -107,13 +107,15 @@ def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
   """
   rows, size = weights.shape
   blocks = -(-size // BLOCK)
-  weights = jnp.pad(weights, ((0, 0), (0, blocks * BLOCK - size))).reshape(rows, blocks, BLOCK)
-  block_sums = weights.sum(-1)  # [R, V / BLOCK]
+  padded = jnp.pad(weights, ((0, 0), (0, blocks * BLOCK - size)))
+  block_sums = padded.reshape(rows, blocks, BLOCK).sum(-1)  # [R, V / BLOCK]
   # The total is the last cumulative sum, so that the two agree to the last bit.
   block_cumulative = _cumulative(block_sums)
   target = uniform * block_cumulative[:, -1]
   block = _passes(block_cumulative, block_sums, target)
-  inside = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]  # [R, BLOCK]
+  # From the weights themselves: XLA would pad them a second time for this.
+  places = block[:, None] * BLOCK + jnp.arange(BLOCK)[None]  # [R, BLOCK]
+  inside = jnp.take_along_axis(weights, places, axis=1, mode='fill', fill_value=0)
   start = jnp.take_along_axis(block_cumulative - block_sums, block[:, None], axis=1)[:, 0]
   index = _passes(_cumulative(inside), inside, target - start)
   return block * BLOCK + index

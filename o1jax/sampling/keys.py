@@ -20,10 +20,11 @@ def row_keys(seed: int, ids: np.ndarray) -> jax.Array:
 
   The same seed and ids give the same key in whatever batch the row stands.
   """
-  return _fold(np.uint32(seed), jnp.asarray(np.asarray(ids, np.uint32)))
+  return fold(np.uint32(seed), jnp.asarray(np.asarray(ids, np.uint32)))
 
 
-@functools.partial(jax.jit)
-def _fold(seed: jax.Array, ids: jax.Array) -> jax.Array:
+@jax.jit
+def fold(seed: jax.Array, ids: jax.Array) -> jax.Array:
+  """`row_keys` of a seed and ids [R, P], both uint32."""
   key = jax.random.key(seed)
   return jax.vmap(lambda row: functools.reduce(jax.random.fold_in, list(row), key))(ids)

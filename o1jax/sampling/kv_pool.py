@@ -33,6 +33,7 @@ class KvPool:
   hidden: jax.Array  # [E, D], each the state after the last token of a step
 
 
+@functools.partial(jax.jit, static_argnames=('model', 'slots', 'states'))
 def empty_pool(model: Model, slots: int, states: int) -> KvPool:
   """A pool for `slots` tokens and the states after `states` steps."""
   c = model.config
@@ -161,22 +162,42 @@ def store(
     ends: (states, [M'] int32; rows of `hidden`, [M']): which of them goes where; padding as above.
   """
   rows, columns, slots = tokens
-
-  def put(array, new):
-    return array.at[slots].set(new.astype(array.dtype), mode='drop')
-
-  layers = zip(pool.keys, pool.values, state.cache, strict=True)
   # Of two index arrays with slices between them, NumPy's rule puts the indexed axis first.
-  put_both = [
-    (put(keys, k[rows, :, :, columns]), put(values, v[rows, :, columns]))
-    for keys, values, (k, v) in layers
-  ]
-  keys, values = zip(*put_both, strict=True)
+  new = [(k[rows, :, :, columns], v[rows, :, columns]) for k, v in state.cache]
   into, source = ends
-  states = pool.hidden.at[into].set(hidden[source].astype(pool.hidden.dtype), mode='drop')
+  return _put_in(pool, new, slots, hidden[source], into)
+
+
+def store_last(pool: KvPool, state: DecodeState, slots: jax.Array, ends: jax.Array) -> KvPool:
+  """Within jit: copies the last columns of every row into the pool, and the state after them.
+
+  Args:
+    pool: the pool.
+    state: R rows.
+    slots: [R, t] int32, of each of the last t columns; padding as in `store`.
+    ends: [R] int32, of each row's state.
+  """
+  count = slots.shape[1]
+
+  def last(array, axis):  # [R * t, K, H]
+    new = jax.lax.dynamic_slice_in_dim(array, state.column - count, count, axis)
+    return jnp.moveaxis(new, axis, 1).reshape(-1, *pool.keys[0].shape[1:])
+
+  new = [(last(k, 3), last(v, 2)) for k, v in state.cache]
+  return _put_in(pool, new, slots.reshape(-1), state.hidden, ends)
+
+
+def _put_in(pool: KvPool, new, slots, hidden, ends) -> KvPool:
+  """The pool with keys and values [M, K, H] of each layer in slots [M], and states in theirs."""
+
+  def put(array, where, new):
+    return array.at[where].set(new.astype(array.dtype), mode='drop')
+
+  layers = zip(pool.keys, pool.values, new, strict=True)
+  both = [(put(keys, slots, k), put(values, slots, v)) for keys, values, (k, v) in layers]
   # Any row may read any slot: a pool is split by key heads, never by slots.
-  keys, values = constrain((keys, values), (None, 'kv_heads'))
-  return KvPool(keys, values, states)
+  keys, values = constrain(tuple(zip(*both, strict=True)), (None, 'kv_heads'))
+  return KvPool(keys, values, put(pool.hidden, ends, hidden))
 
 
 def _put(small: jax.Array, large: jax.Array) -> jax.Array:

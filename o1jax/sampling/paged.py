@@ -8,6 +8,7 @@ name alone, up to the rounding of sums.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from o1jax.parallel.ambient import ambient_ways, constrain
 from o1jax.parallel.distributed import fetch
 from o1jax.sampling.cache import DecodeState, laid_out
 from o1jax.sampling.decode import Continuation, run
-from o1jax.sampling.keys import row_keys
+from o1jax.sampling.keys import fold
 from o1jax.sampling.kv_pool import KvPool, gather, refill
 from o1jax.sampling.paths import Path, Paths
 from o1jax.sampling.rows import NONE, evenly_full, parts_of, side_by_side
@@ -80,7 +81,8 @@ class _Queue:
   def __init__(self, sampler: Sampler, paths: Paths, todo, seed: int, ids, marks, keep):
     self.sampler, self.paths, self.todo = sampler, paths, list(todo)
     self.marks, self.keep = marks, keep
-    longest, limit = max(map(paths.length, todo)), sampler.model.config.max_position
+    self.lengths = np.array([paths.length(path) for path in todo])
+    longest, limit = int(self.lengths.max()), sampler.model.config.max_position
     if longest + sampler.max_new > limit:
       raise ValueError(
         f'{longest} tokens and max_new={sampler.max_new} exceed max_position={limit} of the model; '
@@ -146,16 +148,16 @@ class _Queue:
   def _needed(self, where: np.ndarray) -> int:
     """Columns that hold what the rows have read and drawn so far, padded."""
     chosen = where[where != NONE]
-    lengths = [self.paths.length(self.todo[i]) + self.out.lengths[i] for i in chosen]
-    return min(self.full, _roomy(int(max(lengths))))
+    return min(self.full, _roomy(int((self.lengths + self.out.lengths)[chosen].max())))
 
   def _read_ahead(self, new: np.ndarray) -> None:
     """Reads the paths of the next rows, and holds them until they are continued."""
     while self.ready < (new[-1] + 1 if len(new) else 0):
       block = self.todo[self.ready : self.ready + self.sampler.rows]
-      self.paths.read(list(dict.fromkeys(block)))
-      for path in block:
-        self.paths.pin(path, 1)
+      rows_of = collections.Counter(block)
+      self.paths.read(list(rows_of))
+      for path, count in rows_of.items():
+        self.paths.pin(path, count)
       self.ready += len(block)
 
   def _decode(self, rows: Continuation, where: np.ndarray) -> tuple[DecodeState, np.ndarray]:
@@ -183,8 +185,9 @@ class _Queue:
     self._hand_over(got, where)
     self._store(rows, got['marked'], where, done)
     on = got['live'] & live & (self.out.lengths[where] < self.sampler.max_new)
-    for i in where[live & ~on]:
-      self.paths.pin(self.todo[i], -1)
+    ended = collections.Counter(self.todo[i] for i in where[live & ~on].tolist())
+    for path, count in ended.items():
+      self.paths.pin(path, -count)
     return rows.state, np.where(on, where, NONE)
 
   def _chunk(self, where: np.ndarray) -> np.ndarray:
@@ -207,22 +210,21 @@ class _Queue:
 
   def _store(self, rows: Continuation, marked: np.ndarray, where: np.ndarray, done) -> None:
     """Puts the first steps that were completed into the pool, each distinct one once."""
-    news: dict[Path, tuple[Path, int, np.ndarray]] = {}
-    for r in np.flatnonzero(marked & (where != NONE)):
-      i = where[r]
-      if self.stored[i]:
-        continue
-      self.stored[i] = True
-      tokens = self.out.ids(i)
-      end = next((t for t, token in enumerate(tokens) if token in self.marks), None)
-      if end is None:  # it lies beyond the limit
-        continue
-      step = tuple(tokens[: end + 1])
-      path = (*self.todo[i], step)
-      if path not in self.paths and path not in news and self.keep(path):
-        # Token t of a row lies t columns after its first, which `done` tokens before lie left of W.
-        news[path] = (path, r, self.width - done[r] + np.arange(len(step)))
-    self.paths.store(rows.state, rows.mark, news.values())
+    news: dict[Path, tuple[Path, int, int, int]] = {}
+    ended = np.flatnonzero(marked & (where != NONE) & ~self.stored[where])
+    index = where[ended]
+    self.stored[index] = True
+    drawn = self.out.tokens[index]
+    ends = np.isin(drawn, self.marks) & (np.arange(drawn.shape[1]) < self.out.lengths[index, None])
+    counts = np.where(ends.any(1), ends.argmax(1) + 1, 0)  # 0: its end lies beyond the limit
+    # Token t of a row lies t columns after its first, which `done` tokens before lie left of W.
+    first = self.width - done[ended]
+    found = zip(*(x.tolist() for x in (ended, index, first, counts, drawn)), strict=True)
+    for r, i, column, count, tokens in found:
+      path = (*self.todo[i], tuple(tokens[:count]))
+      if count and path not in news and path not in self.paths and self.keep(path):
+        news[path] = (path, r, column, count)
+    self.paths.store(rows.state, rows.mark, list(news.values()))
 
 
 def _roomy(columns: int) -> int:
@@ -235,12 +237,13 @@ def _roomy(columns: int) -> int:
 def _uniforms(seed: int, ids: np.ndarray, count: int) -> np.ndarray:
   """All random numbers of the rows, [n, count]; a power of two of rows, to compile seldom."""
   size = 1 << (len(ids) - 1).bit_length()
-  keys = row_keys(seed, np.pad(ids, ((0, size - len(ids)), (0, 0))))
-  return np.asarray(_draw(keys, count))[: len(ids)]
+  names = np.pad(np.asarray(ids, np.uint32), ((0, size - len(ids)), (0, 0)))
+  return np.asarray(_draw(np.uint32(seed), names, count))[: len(ids)]
 
 
 @functools.partial(jax.jit, static_argnames='count')
-def _draw(keys: jax.Array, count: int) -> jax.Array:
+def _draw(seed: jax.Array, ids: jax.Array, count: int) -> jax.Array:
+  keys = fold(seed, ids)
   return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,18 +21,27 @@ from o1jax.models.transformer import Model, Params
 from o1jax.parallel.ambient import ambient_ways
 from o1jax.parallel.distributed import fetch
 from o1jax.sampling.cache import DecodeState, extend
-from o1jax.sampling.kv_pool import KvPool, empty_pool, gather, state_bytes, store, token_bytes
+from o1jax.sampling.kv_pool import (
+  KvPool,
+  empty_pool,
+  gather,
+  state_bytes,
+  store,
+  store_last,
+  token_bytes,
+)
 from o1jax.sampling.rows import NONE
 from o1jax.sampling.sampler import FEWEST, PROMPT_MULTIPLE, length_batches, round_up
 
 Path = tuple[Any, ...]  # (index of the prompt, *steps), a step being a tuple of token ids
 SMALLEST = 64  # tokens copied at once are padded to this or a higher power of two
 SHORTEST = 4  # likewise those of a step that is read; steps that are padded alike are read together
-# State before, states [R, t, D], tokens [R, t], mask [R, t] -> a number for each row.
-Measure = Callable[[jax.Array, jax.Array, np.ndarray, np.ndarray], jax.Array]
+# Model, parameters, the `extra` of `Paths.read_steps`, state before [R, D], states [R, t, D],
+# tokens [R, t], mask [R, t] -> a number for each row. A function of its module, within jit.
+Measure = Callable[..., jax.Array]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class _Entry:
   """A step in the pool."""
 
@@ -70,7 +79,7 @@ class Paths:
     states: int,
     rows: int,
   ):
-    self.model, self.params, self.rows = model, params, rows
+    self.model, self.params, self.rows = model, _apart(model, params), rows
     self.prompts = [tuple(p) for p in prompts]
     self.slots = slots
     self.pool = empty_pool(model, _alike(slots), _alike(states))
@@ -108,6 +117,7 @@ class Paths:
     self,
     paths: Sequence[Path],
     measure: Measure | None = None,
+    extra: Any = None,
     keep: Callable[[Path], bool] = lambda path: True,
   ) -> np.ndarray:
     """Reads the last steps of paths whose parents are in the pool.
@@ -115,17 +125,23 @@ class Paths:
     Args:
       paths: none of them in the pool.
       measure: something to know of every step.
+      extra: parameters of its own.
       keep: which of them are put into the pool.
 
     Returns:
       What `measure` says, [paths] float32.
+
+    Raises:
+      ValueError: as `read`.
     """
-    out = np.zeros(len(paths), np.float32)
+    out, said = np.zeros(len(paths), np.float32), []
     widths = [self._width(p) for p in paths]
     for batch in length_batches([self.tokens(p) for p in paths], self.rows):
       for width, alike in itertools.groupby(batch, key=widths.__getitem__):
         part = list(alike)
-        out[part] = self._read_batch([paths[i] for i in part], width, measure, keep)
+        said.append((part, self._read_batch([paths[i] for i in part], width, measure, extra, keep)))
+    for part, values in said if measure else ():  # behind them all: the device need not wait
+      out[part] = fetch(values)[: len(part)]
     return out
 
   def _width(self, path: Path) -> int:
@@ -133,62 +149,68 @@ class Paths:
     tokens = len(self.tokens(path))
     return round_up(tokens, PROMPT_MULTIPLE) if len(path) == 1 else max(SHORTEST, _power(tokens))
 
-  def _read_batch(self, paths: list[Path], width: int, measure, keep) -> np.ndarray:
+  def _read_batch(self, paths: list[Path], width: int, measure, extra, keep) -> jax.Array:
     steps = [self.tokens(p) for p in paths]
     rows = round_up(min(self.rows, max(FEWEST, _power(len(paths)))), ambient_ways())
     tokens, mask = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
     for r, step in enumerate(steps):
       tokens[r, : len(step)] = step
       mask[r, : len(step)] = True
-    table, states = self.table([p[:-1] for p in paths], rows)
-    before, hidden, state = _read(self.model, self.params, self.pool, table, states, tokens, mask)
     self.computed += tokens.size
     self.read_again += sum(len(s) for p, s in zip(paths, steps, strict=True) if p in self._seen)
-    kept = [(p, r) for r, p in enumerate(paths) if keep(p)]
-    columns = table.shape[1] + np.arange(width)
-    news = [(p, r, columns[: len(steps[r])]) for p, r in kept]
-    if self.store(state, state.hidden, news) < len(news):
+    before = self.table([p[:-1] for p in paths], rows)
+    slots = np.full((rows, width), _alike(self.slots), np.int32)  # beyond the last: not stored
+    ends = np.full(rows, len(self.pool.hidden), np.int32)
+    kept = [r for r, p in enumerate(paths) if keep(p)]
+    entries = self._add([paths[r] for r in kept], [len(steps[r]) for r in kept])
+    if len(entries) < len(kept):
+      for r in kept[: len(entries)]:
+        self._evict(paths[r])
       raise ValueError(
         f'a pool of {self.slots} tokens cannot hold the {len(paths)} paths that are continued at '
         f'once; raise pool_tokens or lower rows'
       )
-    if measure is None:
-      return np.zeros(len(paths), np.float32)
-    return fetch(measure(before, hidden, tokens, mask))[: len(paths)]
+    for r, entry in zip(kept, entries, strict=True):
+      slots[r, : len(entry.slots)] = entry.slots
+      ends[r] = entry.state
+    places = (slots, ends)
+    self.pool, said = _read(
+      self.model, self.params, extra, self.pool, before, tokens, mask, places, measure=measure
+    )
+    return said
 
   def store(
-    self, state: DecodeState, hidden: jax.Array, news: Iterable[tuple[Path, int, np.ndarray]]
+    self, state: DecodeState, hidden: jax.Array, news: Sequence[tuple[Path, int, int, int]]
   ) -> int:
     """Puts last steps of paths into the pool, as far as there is room.
 
     Args:
       state: which has read them.
       hidden: [R, D], for each row the state after the step.
-      news: of each: the path, whose parent is in the pool; its row; its columns [tokens].
+      news: of each: the path, whose parent is in the pool; its row; its first column; its tokens.
 
     Returns:
       How many are in the pool now.
     """
-    news = list(news)
-    self._seen.update(path for path, _, _ in news)
-    entries: list[_Entry] = []
-    for path, _, where in news:
-      entry = self._add(path, len(where))
-      if entry is None:
-        break
-      entries.append(entry)
+    if not news:
+      return 0
+    paths, ends, first, counts = zip(*news, strict=True)
+    entries = self._add(paths, counts)
     if entries:
-      _, ends, columns = zip(*news[: len(entries)], strict=True)
-      rows = np.repeat(ends, [len(where) for where in columns])
+      fit = len(entries)
       slots = np.concatenate([entry.slots for entry in entries])
-      tokens = ((rows, 0), (np.concatenate(columns), 0), (slots, _alike(self.slots)))
+      counts = np.array(counts[:fit])
+      # Token k of all belongs to a step that began `k - within` tokens before.
+      within = np.arange(len(slots)) - np.repeat(np.cumsum(counts) - counts, counts)
+      rows, columns = np.repeat(ends[:fit], counts), np.repeat(first[:fit], counts) + within
+      tokens = ((rows, 0), (columns, 0), (slots, _alike(self.slots)))
       states = [entry.state for entry in entries]
       self.pool = store(
         self.pool,
         state,
         tuple(_padded(values, fill) for values, fill in tokens),
         hidden,
-        (_padded(states, len(self.pool.hidden)), _padded(ends, 0)),
+        (_padded(states, len(self.pool.hidden)), _padded(ends[:fit], 0)),
       )
     return len(entries)
 
@@ -200,13 +222,13 @@ class Paths:
     An empty path, and a row beyond the last path, is a row of NONE. W is `width`, or the
     longest path's length rounded up.
     """
-    width = width or round_up(max((self.length(p) for p in paths if p), default=0), PROMPT_MULTIPLE)
+    entries = [(r, self._entries[path]) for r, path in enumerate(paths) if path]
+    longest = max((len(entry.chain) for _, entry in entries), default=0)
+    width = width or round_up(longest, PROMPT_MULTIPLE)
     table, states = np.full((rows, width), NONE, np.int32), np.zeros(rows, np.int32)
-    for r, path in enumerate(paths):
-      if path:
-        entry = self._entries[path]
-        table[r, width - len(entry.chain) :] = entry.chain
-        states[r] = entry.state
+    for r, entry in entries:
+      table[r, width - len(entry.chain) :] = entry.chain
+      states[r] = entry.state
     return table, states
 
   def hidden(self, paths: Sequence[Path], rows: int) -> jax.Array:
@@ -234,33 +256,44 @@ class Paths:
       return None
     return next(p for p in _prefixes(path) if p not in self._entries)
 
-  def _add(self, path: Path, tokens: int) -> _Entry | None:
-    if not self._make_room(tokens):
-      return None
-    self._free, slots = self._free[:-tokens], self._free[-tokens:]
-    parent = self._entries[path[:-1]] if len(path) > 1 else None
-    chain = np.concatenate([parent.chain, slots]) if parent is not None else slots
-    entry = _Entry(parent, slots, chain, self._free_states.pop(), self._clock)
-    self._entries[path] = entry
-    if parent is not None:
-      parent.children += 1
-    return entry
+  def _add(self, paths: Sequence[Path], counts: Sequence[int]) -> list[_Entry]:
+    """Slots and states for last steps of so many tokens, for the first that there is room for."""
+    self._seen.update(paths)
+    self._make_room(sum(counts), len(paths))
+    ends = np.cumsum(counts)
+    fit = min(int(np.searchsorted(ends, len(self._free), side='right')), len(self._free_states))
+    if not fit:
+      return []
+    self._free, taken = np.split(self._free, [len(self._free) - ends[fit - 1]])
+    found, start = [], 0
+    for path, end in zip(paths[:fit], ends.tolist(), strict=False):
+      slots, start = taken[start:end], end
+      parent = self._entries[path[:-1]] if len(path) > 1 else None
+      chain = slots
+      if parent is not None:
+        parent.children += 1
+        chain = np.concatenate((parent.chain, slots))
+      entry = _Entry(parent, slots, chain, self._free_states.pop(), self._clock)
+      self._entries[path] = entry
+      found.append(entry)
+    return found
 
-  def _make_room(self, tokens: int) -> bool:
-    """Evicts what has not been used for longest until so many slots and a state are free."""
-    while len(self._free) < tokens or not self._free_states:
-      idle = [
-        (entry.used, path)
-        for path, entry in self._entries.items()
-        if not entry.children and not entry.pins and entry.used < self._clock
-      ]
-      if not idle:
-        return False
-      for _, path in sorted(idle, key=lambda item: item[0]):
-        self._evict(path)
-        if len(self._free) >= tokens and self._free_states:
-          break
-    return True
+  def _make_room(self, tokens: int, states: int) -> None:
+    """Evicts what has not been used for longest until as much is free, if it can be."""
+    free = lambda: len(self._free) >= tokens and len(self._free_states) >= states  # noqa: E731
+    if free():
+      return
+    idle = [
+      (entry.used, path)
+      for path, entry in self._entries.items()
+      if not entry.children and not entry.pins and entry.used < self._clock
+    ]
+    for _, path in sorted(idle, key=lambda item: item[0]):
+      self._evict(path)
+      if free():
+        return
+    if idle:  # their parents are idle now, perhaps
+      self._make_room(tokens, states)
 
   def _evict(self, path: Path) -> None:
     entry = self._entries.pop(path)
@@ -315,10 +348,22 @@ def free_bytes() -> int:
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def _read(model: Model, params: Params, pool: KvPool, table, states, tokens, mask):
-  """Reads steps [R, t] behind the paths of a table: the state before, states [R, t, D], the end."""
-  state = gather(model, pool, table, states, new=tokens.shape[1])
-  return state.hidden, *extend(model, params, state, tokens, mask)
+def _apart(model: Model, params: Params) -> Params:
+  return model.apart(params)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'measure'), donate_argnames='pool')
+def _read(
+  model: Model, params: Params, extra, pool: KvPool, paths, tokens, mask, places, *, measure
+) -> tuple[KvPool, jax.Array]:
+  """Reads steps [R, t] behind `paths` (table, states) and stores them at `places` (slots, ends).
+
+  Returns the pool, which is donated, and what `measure` says.
+  """
+  before = gather(model, pool, *paths, new=tokens.shape[1])
+  hidden, state = extend(model, params, before, tokens, mask)
+  said = measure and measure(model, params, extra, before.hidden, hidden, tokens, mask)
+  return store_last(pool, state, *places), said
 
 
 def _prefixes(path: Path) -> Iterator[Path]:

@@ -54,7 +54,7 @@ class TreeScorer:
       share = len(part) / len(prompts)
       held = {'slots': math.ceil(tokens * share), 'states': math.ceil(nodes * share), 'rows': rows}
       paths = Paths(model, params['trunk'], prompts, **held)
-      self._halves.append(_Half(model, params, paths, steps))
+      self._halves.append(_Half(params, paths, steps))
     self._second = len(parts[0])  # the first problem of the second half
 
   @property
@@ -88,8 +88,8 @@ class TreeScorer:
 class _Half:
   """The PRM's log-odds for the steps of half of the forest."""
 
-  def __init__(self, model: Model, params: dict[str, Params], paths: Paths, steps: StepIds):
-    self.model, self.params, self.paths, self.steps = model, params, paths, steps
+  def __init__(self, params: dict[str, Params], paths: Paths, steps: StepIds):
+    self.head, self.paths, self.steps = params['head'], paths, steps
     self.scored = 0  # tokens of steps read so far
     self._known: dict[Path, float] = {}
     self._lock = threading.Lock()
@@ -99,13 +99,15 @@ class _Half:
       new = [p for p in dict.fromkeys(paths) if p not in self._known]
       if new:
         self.paths.read(list(dict.fromkeys(p[:-1] for p in new)))
-        scores = self.paths.read_steps(new, self._measure, self._keep)
+        scores = self.paths.read_steps(new, _log_odds, self.head, self._keep)
         self._known.update(zip(new, scores.tolist(), strict=True))
         self.scored += sum(len(p[-1]) for p in new)
       return [self._known[p] for p in paths]
 
-  def _measure(self, before, hidden, tokens, mask) -> jax.Array:
-    return score_steps(self.model, self.params, before, hidden, tokens, mask)
-
   def _keep(self, path: Path) -> bool:
     return not self.steps.is_terminal(path[-1])
+
+
+def _log_odds(model: Model, trunk: Params, head: Params, *read) -> jax.Array:
+  """Of the steps that were read, as `paths.Measure`."""
+  return score_steps(model, {'trunk': trunk, 'head': head}, *read)
