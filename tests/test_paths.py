@@ -27,8 +27,9 @@ from o1jax.models import StepHead
 from o1jax.sampling import half_grown, paged
 from o1jax.sampling.kv_pool import token_bytes
 from o1jax.sampling.mcts import Search
+from o1jax.sampling.memory import check_memory
 from o1jax.sampling.paged import continue_paths
-from o1jax.sampling.paths import Paths, check_memory
+from o1jax.sampling.paths import Paths
 from o1jax.sampling.sampler import Sampler
 from o1jax.sampling.scorer import PrmScorer
 from o1jax.sampling.tree_scorer import TreeScorer

@@ -24,8 +24,9 @@ from o1jax.sampling import half_grown
 from o1jax.sampling.forest import Forest, Rollout, halves
 from o1jax.sampling.growing import Growing, Waits
 from o1jax.sampling.guided import StepIds
+from o1jax.sampling.memory import check_memory
 from o1jax.sampling.paged import continue_paths, widest
-from o1jax.sampling.paths import Path, Paths, check_memory
+from o1jax.sampling.paths import Path, Paths
 from o1jax.sampling.sampler import Sampler, Samples, check_prompts
 from o1jax.search import Allowed, Rule, constant, uct
 

@@ -15,21 +15,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import psutil
 
 from o1jax.models.transformer import Model, Params
 from o1jax.parallel.ambient import ambient_ways
 from o1jax.parallel.distributed import fetch
 from o1jax.sampling.cache import DecodeState, extend
-from o1jax.sampling.kv_pool import (
-  KvPool,
-  empty_pool,
-  gather,
-  state_bytes,
-  store,
-  store_last,
-  token_bytes,
-)
+from o1jax.sampling.kv_pool import KvPool, empty_pool, gather, store, store_last
+from o1jax.sampling.memory import alike
 from o1jax.sampling.rows import NONE
 from o1jax.sampling.sampler import FEWEST, PROMPT_MULTIPLE, length_batches, round_up
 
@@ -61,7 +53,7 @@ class Paths:
     model: the decoder.
     params: its parameters.
     prompts: token ids, none empty.
-    slots: tokens that the pool holds. See `check_memory` for what fits.
+    slots: tokens that the pool holds. See `memory` for what fits.
     states: steps that it holds, prompts included.
     rows: paths read at once.
 
@@ -82,7 +74,7 @@ class Paths:
     self.model, self.params, self.rows = model, _apart(model, params), rows
     self.prompts = [tuple(p) for p in prompts]
     self.slots = slots
-    self.pool = empty_pool(model, _alike(slots), _alike(states))
+    self.pool = empty_pool(model, alike(slots), alike(states))
     self.computed = self.read_again = self.evicted = 0
     self._entries: dict[Path, _Entry] = {}
     self._seen: set[Path] = set()
@@ -137,8 +129,8 @@ class Paths:
     out, said = np.zeros(len(paths), np.float32), []
     widths = [self._width(p) for p in paths]
     for batch in length_batches([self.tokens(p) for p in paths], self.rows):
-      for width, alike in itertools.groupby(batch, key=widths.__getitem__):
-        part = list(alike)
+      for width, same in itertools.groupby(batch, key=widths.__getitem__):
+        part = list(same)
         said.append((part, self._read_batch([paths[i] for i in part], width, measure, extra, keep)))
     for part, values in said if measure else ():  # behind them all: the device need not wait
       out[part] = fetch(values)[: len(part)]
@@ -159,7 +151,7 @@ class Paths:
     self.computed += tokens.size
     self.read_again += sum(len(s) for p, s in zip(paths, steps, strict=True) if p in self._seen)
     before = self.table([p[:-1] for p in paths], rows)
-    slots = np.full((rows, width), _alike(self.slots), np.int32)  # beyond the last: not stored
+    slots = np.full((rows, width), alike(self.slots), np.int32)  # beyond the last: not stored
     ends = np.full(rows, len(self.pool.hidden), np.int32)
     kept = [r for r, p in enumerate(paths) if keep(p)]
     entries = self._add([paths[r] for r in kept], [len(steps[r]) for r in kept])
@@ -203,7 +195,7 @@ class Paths:
       # Token k of all belongs to a step that began `k - within` tokens before.
       within = np.arange(len(slots)) - np.repeat(np.cumsum(counts) - counts, counts)
       rows, columns = np.repeat(ends[:fit], counts), np.repeat(first[:fit], counts) + within
-      tokens = ((rows, 0), (columns, 0), (slots, _alike(self.slots)))
+      tokens = ((rows, 0), (columns, 0), (slots, alike(self.slots)))
       states = [entry.state for entry in entries]
       self.pool = store(
         self.pool,
@@ -304,49 +296,6 @@ class Paths:
       entry.parent.children -= 1
 
 
-def check_memory(
-  model: Model, *, slots: int, states: int, rows: int, columns: int, free: int | None = None
-) -> None:
-  """Refuses a search whose keys and values do not fit, before it starts.
-
-  Args:
-    model: the decoder.
-    slots: tokens of the pool, which is up to an eighth larger.
-    states: states of the pool, likewise.
-    rows: decoded at once.
-    columns: of their cache.
-    free: bytes there, if they are known otherwise.
-
-  Raises:
-    ValueError: with the bytes needed, the bytes there and what to lower.
-  """
-  free = free_bytes() if free is None else free
-  pool = _alike(slots) * token_bytes(model) + _alike(states) * state_bytes(model)
-  working = 2 * rows * columns * token_bytes(model)  # the old and the new one while rows change
-  if pool + working <= free:
-    return
-  fits = int(8 / 9 * (free - working) / (token_bytes(model) + state_bytes(model)))
-  remedy = (
-    f'lower pool_tokens to at most {fits} (what it cannot hold is read again), or the problems, '
-    f'simulations or children of a search'
-    if fits > 0
-    else f'lower rows={rows}'
-  )
-  raise ValueError(
-    f'the search needs {pool + working} bytes for keys and values ({pool} for a pool of '
-    f'{slots} tokens, {working} for {rows} rows of {columns} columns), there are {free}; {remedy}'
-  )
-
-
-def free_bytes() -> int:
-  """Bytes of the first local device that are free; on a CPU those of the host."""
-  device = jax.local_devices()[0]
-  stats = device.memory_stats() if device.platform != 'cpu' else None
-  if stats and 'bytes_limit' in stats:
-    return stats['bytes_limit'] - stats['bytes_in_use']
-  return psutil.virtual_memory().available
-
-
 @functools.partial(jax.jit, static_argnames='model')
 def _apart(model: Model, params: Params) -> Params:
   return model.apart(params)
@@ -369,11 +318,6 @@ def _read(
 def _prefixes(path: Path) -> Iterator[Path]:
   """The path's beginnings, the prompt first and itself last."""
   return (path[:n] for n in range(1, len(path) + 1))
-
-
-def _alike(count: int) -> int:
-  """As much or up to an eighth more, so that pools of about one size share what is compiled."""
-  return round_up(count, 1 << max(0, count.bit_length() - 4))
 
 
 def _power(count: int) -> int:

@@ -12,7 +12,8 @@ import numpy as np
 from o1jax.models.transformer import Model, Params
 from o1jax.sampling.forest import halves
 from o1jax.sampling.guided import StepIds
-from o1jax.sampling.paths import Path, Paths, check_memory
+from o1jax.sampling.memory import check_memory
+from o1jax.sampling.paths import Path, Paths
 from o1jax.sampling.scorer import score_steps
 
 
