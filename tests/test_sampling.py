@@ -175,6 +175,13 @@ def test_inverse_cdf_is_exact(size):
   assert not counts[weights == 0].any()
 
 
+def test_no_rounding_leads_beyond_the_vocabulary():
+  rng = np.random.default_rng(0)
+  weights = rng.gamma(0.3, size=(20_000, 45)).astype(np.float32)  # its last block is not full
+  index = np.asarray(inverse_cdf(jnp.asarray(weights), jnp.full(len(weights), 1 - 2**-24)))
+  assert index.max() < 45 and (weights[np.arange(len(weights)), index] > 0).all()
+
+
 def test_draws_follow_the_softmax():
   n, v = 30_000, 50
   logits = jax.random.normal(jax.random.key(0), (1, v)) * 2
