@@ -1,6 +1,5 @@
 """The pool with real zygotes: verdicts, failures, layers that do not hold."""
 
-import contextlib
 import errno
 import fcntl
 import functools
@@ -11,6 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import psutil
 import pytest
 from sandbox_cases import ECHO, LIMITS, RIGHT, WRONG
 
@@ -117,18 +117,8 @@ def test_the_caller_keeps_nothing(sandbox):
   assert len(os.listdir('/proc/self/fd')) == before
 
 
-def children() -> set[str]:
-  """Ids of this process's children, whichever of its threads started them."""
-  found = set()
-  for stat in Path('/proc').glob('[0-9]*/stat'):
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
-      parent = stat.read_text().rpartition(')')[2].split()[1]
-      if int(parent) == os.getpid():
-        found.add(stat.parent.name)
-  return found
-
-
 def test_processes_end_with_the_pool():
+  children = lambda: set(psutil.Process().children())  # noqa: E731
   before = children()
   with Pool(1, LIMITS) as running:
     started = children() - before

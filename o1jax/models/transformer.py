@@ -220,10 +220,9 @@ class Model:
 
     Left as they are, XLA's CPU compiler takes the stacked layers apart and turns the output layer
     over in every step: half of a step's time at 8 rows. It costs a copy, so a large model, whose
-    products take far longer than that, stays as it is, and so do parameters that are apart.
+    products take far longer than that, stays as it is.
     """
-    large = sum(x.nbytes for x in jax.tree.leaves(params)) > _APART_BYTES
-    if large or isinstance(params['layers'], tuple):
+    if sum(x.nbytes for x in jax.tree.leaves(params)) > _APART_BYTES:
       return params
     layers, kernel = _layers(params, self.config.num_layers), self.output_rows(params).T
     return {**params, 'layers': layers, 'output_kernel': kernel}

@@ -71,7 +71,7 @@ class Paths:
     states: int,
     rows: int,
   ):
-    self.model, self.params, self.rows = model, _apart(model, params), rows
+    self.model, self.params, self.rows = model, params, rows
     self.prompts = [tuple(p) for p in prompts]
     self.slots = slots
     self.pool = empty_pool(model, alike(slots), alike(states))
@@ -294,11 +294,6 @@ class Paths:
     self.evicted += 1
     if entry.parent is not None:
       entry.parent.children -= 1
-
-
-@functools.partial(jax.jit, static_argnames='model')
-def _apart(model: Model, params: Params) -> Params:
-  return model.apart(params)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'measure'), donate_argnames='pool')
