@@ -1,4 +1,4 @@
-"""Ways to whole paths for `search_value`: sampling, guided descents, trees.
+"""Ways to whole paths for `search_value`: sampling, also without replacement, descents, trees.
 
 A `Case` is a policy before some problems; each way takes one and finds paths for every problem. No
 test of a problem is run on the way, save where `Trees` is handed a judge.
@@ -15,7 +15,7 @@ import numpy as np
 
 from o1jax import search
 from o1jax.data import steps as steps_lib
-from o1jax.sampling import PrmScorer, Search, TreeScorer
+from o1jax.sampling import Distinct, PrmScorer, Search, TreeScorer
 from o1jax.sampling.draw import GREEDY, SAMPLE, Drawing
 from o1jax.sampling.forest import Forest
 from o1jax.sandbox import wire
@@ -166,6 +166,25 @@ class Descents:
     each = range(0, len(prompts), count)
     paths = [[d.tokens for d in found.descents[i : i + count]] for i in each]
     logprobs = [[d.logprob for d in found.descents[i : i + count]] for i in each]
+    return Found(paths, logprobs, found.generated)
+
+
+@dataclasses.dataclass(frozen=True)
+class Different:
+  """`count` different paths, drawn without replacement."""
+
+  count: int
+
+  def __call__(self, case: Case, scorer: TreeScorer | None) -> Found:
+    del scorer
+    draw = Distinct(sampler(case.run, SAMPLE, case.run.config.search.rows), self.count)
+    ids = name_ids(case.problems)
+    found = draw(case.policy.params, case.prompts, seed=case.seed + 3, ids=ids)
+    paths: list[list[Tokens]] = [[] for _ in case.problems]
+    logprobs: list[list[float]] = [[] for _ in case.problems]
+    for path in found.paths:
+      paths[path.problem].append(path.tokens)
+      logprobs[path.problem].append(sum(path.logprobs))
     return Found(paths, logprobs, found.generated)
 
 

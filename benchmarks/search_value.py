@@ -40,7 +40,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import numpy as np
 from loop import ranged, short, table
-from search_paths import Case, Descents, Found, Policy, Tokens, Trees
+from search_paths import Case, Descents, Different, Found, Policy, Tokens, Trees
 
 from o1jax import config as config_lib
 from o1jax import search
@@ -60,7 +60,7 @@ BASELINES = ('greedy', 'majority', 'logprob', 'majority, cooler', 'logprob, cool
 # steps weighs.
 SCORED = ('prm', 'prm_vote', 'prm_product')
 WITH_PRM = (*SCORED, *(f'{how}, cooler' for how in SCORED))
-Way = Descents | Trees
+Way = Descents | Different | Trees
 
 # Chosen on dev, see docs/benchmarks.md: children of a descent's step; of a node, and simulations.
 WIDTHS = {100: 4, 200: 10, 400: 20}
@@ -85,6 +85,8 @@ SYNTHESIS: dict[str, Way] = {
   'guided, 4 descents': Descents(6, 4, temperature=0.5),
   'UCT, 4 roll-outs': Trees(search.uct, 4, 1, mix=0.0, c=2.0),
   'UCT, 12 roll-outs': Trees(search.uct, 4, 3, mix=0.0, c=2.0),
+  'without replacement, 4 paths': Different(4),
+  'without replacement, 12 paths': Different(12),
 }
 
 

@@ -1,5 +1,6 @@
 """Generation: cached decoding, the batch sampler, guided descent and tree search with roll-outs."""
 
+from o1jax.sampling.distinct import Distinct, NewPath, NewPaths
 from o1jax.sampling.draw import GREEDY, SAMPLE, Drawing
 from o1jax.sampling.forest import Forest, Rollout
 from o1jax.sampling.guided import Child, Choice, Descent, Descents, Guided, StepIds
@@ -16,9 +17,12 @@ __all__ = [
   'Choice',
   'Descent',
   'Descents',
+  'Distinct',
   'Drawing',
   'Forest',
   'Guided',
+  'NewPath',
+  'NewPaths',
   'PrmScorer',
   'Rollout',
   'Sampler',
