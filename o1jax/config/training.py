@@ -96,8 +96,9 @@ class SearchConfig(Section):
   guided_children: Count = 6  # of a PRM-guided descent, from round 1
   guided_descents: Natural = 2  # for each problem; 0: UCT in every round
   # How a leaf is chosen; 'guided' is a descent that the PRM guides, and UCT where there is no PRM:
-  # in round 0, and with guided_descents=0 in every round.
-  rule: Literal['guided', 'uct', 'puct', 'gumbel'] = 'guided'
+  # in round 0, and with guided_descents=0 in every round. 'distinct' draws so many (simulations)
+  # whole paths of a problem by the policy alone, none of them twice.
+  rule: Literal['guided', 'uct', 'puct', 'gumbel', 'distinct'] = 'guided'
   mix: Share = 0.0  # of the PRM in a step's value, beside its roll-out; 1: nothing is rolled out
   widening: NonNegative = 0.0  # a node of n visits may have this times sqrt(n) steps; 0: children
   most_children: Natural = 0  # steps of a widened node; 0: 4 times children
@@ -108,10 +109,15 @@ class SearchConfig(Section):
   compile_weight: Share = 0.0  # the method's `a`: credit for a program that compiles
 
   def relations(self) -> Iterator[Relation]:
-    """What belongs to trees is not set for descents, and a widened node has room."""
-    if self.rule == 'guided' and self.mix:
-      text = f"search.mix={self.mix} has no meaning with search.rule='guided'"
+    """What belongs to trees is not set for other ways, and a widened node has room."""
+    if self.rule in ('guided', 'distinct') and self.mix:
+      text = f'search.mix={self.mix} has no meaning with search.rule={self.rule!r}'
       yield ('mix', 'rule'), f"{text}; use 'uct', 'puct' or 'gumbel', or set it to 0"
+    if self.rule == 'distinct':
+      for key, whole in (('temperature', 1.0), ('top_k', 0), ('top_p', 1.0)):
+        if getattr(self, key) != whole:
+          text = f"search.{key}={getattr(self, key)} has no meaning with search.rule='distinct'"
+          yield (key, 'rule'), f'{text}, which draws as the policy would; set it to {whole:g}'
     if self.most_children and self.most_children <= self.children:
       text = f'search.most_children={self.most_children} leaves no room above search.children'
       yield ('most_children', 'children'), f'{text}={self.children}; raise it, or set it to 0'

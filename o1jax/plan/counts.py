@@ -35,9 +35,14 @@ def sampled(config: Config) -> dict[str, int]:
   """Paths (for `tcg`: test parts) that are sampled, by what for."""
   rounds, evaluated = config.run.rounds, 1 + config.eval.samples
   new = config.data.per_round or config.data.train_problems
-  uct = math.ceil(config.search.simulations / config.search.children) * config.search.children
-  guided = config.search.guided_descents if config.search.rule == 'guided' else 0
-  later = guided * _descent(config, config.search.guided_children) if guided else uct
+  search = config.search
+  distinct = search.rule == 'distinct'
+  width = 1 if distinct else search.children
+  first = math.ceil(search.simulations / width) * width
+  guided = search.guided_descents if search.rule == 'guided' else 0
+  later = guided * _descent(config, search.guided_children) if guided else first
+  # Of the searches that are held against sampling.
+  controlled = rounds * first if distinct else (rounds - 1) * later if guided else 0
   rollouts = config.rl.iterations * config.rl.rows
   trainings = 2 * rounds + config.rl.control
   prms = _prms(config)
@@ -45,8 +50,8 @@ def sampled(config: Config) -> dict[str, int]:
   held = tried // rounds * rounds  # by the fine-tuned policies, a share in each round
   judged = min(config.eval.prm_problems, config.data.test_problems)
   found = {
-    'search': new * (uct + (rounds - 1) * later),
-    'search control': new * (rounds - 1) * later if guided and config.eval.sampling_control else 0,
+    'search': new * (first + (rounds - 1) * later),
+    'search control': new * controlled if config.eval.sampling_control else 0,
     'prm': (new * rounds + held + tried * _renewed(config)) * config.prm.samples,
     'rl': rollouts * rounds,
     'rl control': rollouts if config.rl.control else 0,

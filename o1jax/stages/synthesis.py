@@ -2,8 +2,9 @@
 
 Round 0 has no process reward model: UCT over sampled steps with roll-outs to the
 end. Later rounds descend with the PRM, which a prototype found to solve 1.7 times
-as many problems as sampling at equal tokens, where plain UCT equalled sampling; or
-they search trees with it, by `search.rule`.
+as many problems as sampling at equal tokens, where plain UCT equalled sampling. Other
+ways, by `search.rule`: trees in every round, with the PRM where there is one, and whole
+paths by the policy alone, none of them twice.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from o1jax.data.prefix_tree import by_problem
 from o1jax.parallel import distributed
 from o1jax.run import files
 from o1jax.run.stop import deferred
+from o1jax.sampling.distinct import Distinct
 from o1jax.sampling.draw import SAMPLE, Drawing
 from o1jax.sampling.guided import Guided
 from o1jax.sampling.keys import stable_id
@@ -91,7 +93,13 @@ def synthesize(
   if rule == 'guided' and not run.config.search.guided_descents:
     prm = None
   descend = rule == 'guided' and prm is not None
-  find = _guided(run, policy, prm) if descend else _trees(run, policy, prm, name)
+  if rule == 'distinct':
+    find, title = _distinct(run, policy), 'paths without replacement'
+  elif descend:
+    find, title = _guided(run, policy, prm), 'descent guided by the PRM'
+  else:
+    find = _trees(run, policy, prm, name)
+    title = f'{"UCT" if rule == "guided" else rule.upper()} search'
 
   def body() -> dict[str, Any]:
     new = run.new_problems(round_)
@@ -110,14 +118,17 @@ def synthesize(
         run.bench.store.drop_checkpoints(name)  # of the chunk's search, which is over
         bar.update(index + 1)
     before = {t.problem_id for t in known if t.accepted}
-    return _summary(run, round_, policy, chunks, prm, before)
+    return _summary(
+      run, round_, policy, chunks, before, control=rule == 'distinct' or prm is not None
+    )
 
-  searching = f'{"UCT" if rule == "guided" else rule.upper()} search'
-  run.stage(name, 'descent guided by the PRM' if descend else searching, body)
+  run.stage(name, title, body)
   return [stepwise.from_row(row) for row in chunks.rows()]
 
 
-def _summary(run: Run, round_: int, policy: Any, chunks, prm, before: set[str]) -> dict[str, Any]:
+def _summary(
+  run: Run, round_: int, policy: Any, chunks, before: set[str], *, control: bool
+) -> dict[str, Any]:
   rows = list(chunks.rows())
   solved = {r['problem_id'] for r in rows if r['status'] == 'accepted'}
   tokens = sum(r['share_tokens'] for r in rows)  # a chunk's tokens stand split over its rows
@@ -128,10 +139,10 @@ def _summary(run: Run, round_: int, policy: Any, chunks, prm, before: set[str]) 
     'first_solved': len(solved - before),
     'tokens': int(tokens),
   }
-  if prm is not None and run.config.eval.sampling_control:
-    control = _sampling_control(run, round_, policy, tokens, before)
-    rest = max(control['sampling_solved'], 1)
-    result |= control | {
+  if control and run.config.eval.sampling_control:
+    sampled = _sampling_control(run, round_, policy, tokens, before)
+    rest = max(sampled['sampling_solved'], 1)
+    result |= sampled | {
       'over_sampling': round(len(solved) / rest, 3),
       'at_most': round(result['problems'] / rest, 3),  # where every problem were solved
     }
@@ -234,6 +245,20 @@ def _search(run: Run, with_prm: bool) -> Search:
     pool_tokens=config.pool_tokens,
     overlap=distributed.count() == 1,  # several processes judge together, in one order of calls
   )
+
+
+def _distinct(run: Run, policy: Any) -> Find:
+  config = run.config.search
+  draw = Distinct(sampler(run, drawing(config), config.rows), config.simulations)
+
+  def find(part: Sequence[Problem], seed: int):
+    prompts = [run.encoder.prompt(p) for p in part]
+    with run.sampling(policy) as (params,):
+      found = draw(params, prompts, seed=seed, ids=name_ids(part))
+    paths = [run.encoder.steps_of(path.tokens) for path in found.paths]
+    return [part[path.problem] for path in found.paths], paths, found.generated
+
+  return find
 
 
 def score_rows(config: SearchConfig) -> int:
