@@ -184,7 +184,7 @@ class Different:
     logprobs: list[list[float]] = [[] for _ in case.problems]
     for path in found.paths:
       paths[path.problem].append(path.tokens)
-      logprobs[path.problem].append(sum(path.logprobs))
+      logprobs[path.problem].append(path.logprob)
     return Found(paths, logprobs, found.generated)
 
 

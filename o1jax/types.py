@@ -124,7 +124,8 @@ class Trajectory:
 
   `values[j]` is the mean return of the node after step j+1 in the tree the
   path comes from and `visits[j]` how many returns that mean is over.
-  A path that the depth or length limit cut has `verdict` None.
+  A path that the depth or length limit cut has `verdict` None. `weight` says how many samples of
+  the policy it stands for, where paths are not samples.
   """
 
   problem_id: str
@@ -135,6 +136,7 @@ class Trajectory:
   reward: float | None = None  # None: cut off or masked; takes no part in values
   policy_version: int = 0
   origin: str = ''  # which stage or search rule made it
+  weight: float = 1.0
 
   @property
   def accepted(self) -> bool:

@@ -47,10 +47,12 @@ def test_failures_of_the_sandbox_are_masked_in_the_trees_of_the_stage(tmp_path):
       sampling=lambda *trees: contextlib.nullcontext(trees),
     )
     find = synthesis._trees(run, tiny_params(), None, 'round0/synthesis')
-    of, paths, _ = find(problems, 3)
+    searched = find(problems, 3)
     files = sorted(store.path('round0/synthesis', 'trees').iterdir())
   found = [trees.read(file) for file in files]
-  assert {t.problem_id for t in found} == {p.id for p in of} and len(paths) > 20
+  assert {t.problem_id for t in found} == {p.id for p in searched.problems} and len(
+    searched.paths
+  ) > 20
   failed = 0
   for tree in found:
     values = dict(zip(tree.rollouts, tree.rollout_value, strict=True))

@@ -21,13 +21,14 @@ Prefix = tuple[Step, ...]
 class Node:
   """Sum and number of the returns of all roll-outs through one prefix."""
 
-  value_sum: float = 0.0
+  value_sum: float = 0.0  # each return by its roll-out's weight
+  weight: float = 0.0
   visits: int = 0
 
   @property
   def value(self) -> float:
-    """Mean return of the roll-outs through the prefix."""
-    return self.value_sum / self.visits
+    """Mean return of the roll-outs through the prefix, by their weights."""
+    return self.value_sum / self.weight
 
 
 class PrefixTree:
@@ -51,7 +52,8 @@ class PrefixTree:
         self.nodes[prefix] = Node()
         self.children[prefix[:-1]].append(prefix)
       node = self.nodes[prefix]
-      node.value_sum += trajectory.reward
+      node.value_sum += trajectory.weight * trajectory.reward
+      node.weight += trajectory.weight
       node.visits += 1
     self.paths.setdefault(steps, trajectory)
 

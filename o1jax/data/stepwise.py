@@ -3,7 +3,7 @@
 Fields: `prompt, completions[], labels[bool]` as TRL's stepwise trainers read
 them, with `values[], visits[]` beside (mean return and its count), and what the
 loop needs to read a trajectory back: `problem_id, actions[], reward, status,
-policy_version, origin`.
+policy_version, origin, weight`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def to_row(trajectory: Trajectory, prompt: str) -> dict:
     'tests': [t.status for t in verdict.tests] if verdict else [],
     'policy_version': trajectory.policy_version,
     'origin': trajectory.origin,
+    'weight': trajectory.weight,
   }
 
 
@@ -44,4 +45,5 @@ def from_row(row: dict) -> Trajectory:
     reward=row['reward'],
     policy_version=row['policy_version'],
     origin=row['origin'],
+    weight=row.get('weight', 1.0),  # rows of earlier versions have none
   )

@@ -10,6 +10,7 @@ the node's children, so that tokens are drawn behind that node alone.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
@@ -42,6 +43,11 @@ class NewPath:
   left_at: int  # the tokens before this one were taken over from other paths of the problem
   stopped: bool  # ended by a stop token, not by the limit
 
+  @property
+  def logprob(self) -> float:
+    """Log-prob of the whole path."""
+    return sum(self.logprobs)
+
 
 @dataclasses.dataclass(frozen=True)
 class NewPaths:
@@ -50,6 +56,17 @@ class NewPaths:
   paths: tuple[NewPath, ...]
   generated: int  # tokens drawn
   computed: int  # positions that went through the model, padding and dead rows too
+
+  def weights(self) -> list[float]:
+    """Of each path, how many of as many samples it would be: they add up to a problem's number.
+
+    By its probability among the paths of its problem, so that weighted means are the policy's as
+    far as they hold all that is likely.
+    """
+    mass, count = collections.Counter(), collections.Counter(p.problem for p in self.paths)
+    for path in self.paths:
+      mass[path.problem] += math.exp(path.logprob)
+    return [count[p.problem] * math.exp(p.logprob) / mass[p.problem] for p in self.paths]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,11 +25,11 @@ def verified_documents(
   programs of rare paths are the likelier ones to be right by accident.
   """
   problems: dict[str, Problem] = {p.id: p for p in run.train}
-  counts: dict[str, dict[tuple, int]] = {}
+  counts: dict[str, dict[tuple, float]] = {}
   for t in trajectories:
     if t.accepted:
       paths = counts.setdefault(t.problem_id, {})
-      paths[t.steps] = paths.get(t.steps, 0) + 1
+      paths[t.steps] = paths.get(t.steps, 0.0) + t.weight
   documents = []
   for problem_id, paths in counts.items():
     best = sorted(paths, key=lambda steps: (-paths[steps], len(steps)))[:limit]

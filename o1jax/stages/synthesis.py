@@ -9,6 +9,7 @@ paths by the policy alone, none of them twice.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -60,8 +61,9 @@ def as_trajectories(
   *,
   origin: str,
   version: int,
+  weights: Sequence[float] | None = None,
 ) -> list[Trajectory]:
-  """Judged paths with the values of their own prefix trees."""
+  """Judged paths with the values of their own prefix trees; `weights` are 1 if not given."""
   verdicts = run.executor.judge(problems, paths)
   plain = [
     Trajectory(
@@ -71,8 +73,11 @@ def as_trajectories(
       reward=reward_of(run, verdict),
       policy_version=version,
       origin=origin,
+      weight=weight,
     )
-    for problem, path, verdict in zip(problems, paths, verdicts, strict=True)
+    for problem, path, verdict, weight in zip(
+      problems, paths, verdicts, weights or [1.0] * len(paths), strict=True
+    )
     if path
   ]
   trees = by_problem(plain)
@@ -110,11 +115,13 @@ def synthesize(
         if index in done:
           continue
         seed = run.config.run.seed * 1000 + round_
-        problems, paths, generated = find(part, seed)
-        found = as_trajectories(run, problems, paths, origin=name, version=round_)
+        new_paths = find(part, seed)
+        told = {'weights': new_paths.weights, 'origin': name, 'version': round_}
+        found = as_trajectories(run, new_paths.problems, new_paths.paths, **told)
         by_id = {p.id: steps_lib.prompt_of(p.statement) for p in part}
         rows = [stepwise.to_row(t, by_id[t.problem_id]) for t in found]
-        chunks.write(index, [r | {'share_tokens': generated / len(rows)} for r in rows])
+        share = new_paths.generated / len(rows)
+        chunks.write(index, [r | {'share_tokens': share} for r in rows])
         run.bench.store.drop_checkpoints(name)  # of the chunk's search, which is over
         bar.update(index + 1)
     before = {t.problem_id for t in known if t.accepted}
@@ -169,8 +176,17 @@ def _sampling_control(
   }
 
 
-# problems, seed -> (problem of each path, path, tokens generated)
-Find = Callable[[Sequence[Problem], int], tuple[list[Problem], list[tuple[Step, ...]], int]]
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """Paths that a search has found."""
+
+  problems: list[Problem]  # of each path
+  paths: list[tuple[Step, ...]]
+  generated: int  # tokens
+  weights: list[float] | None = None  # see `Trajectory`
+
+
+Find = Callable[[Sequence[Problem], int], Found]  # problems, seed
 
 _SCHEDULES = {
   'constant': search.constant,
@@ -218,7 +234,7 @@ def _trees(run: Run, policy: Any, prm: Any | None, name: str) -> Find:
         files.write_bytes(file, trees.to_bytes(tree))
     problems = [part[r.problem] for r in forest.rollouts]
     paths = [run.encoder.steps_of(r.path) for r in forest.rollouts]
-    return problems, paths, forest.generated
+    return Found(problems, paths, forest.generated)
 
   return find
 
@@ -256,7 +272,8 @@ def _distinct(run: Run, policy: Any) -> Find:
     with run.sampling(policy) as (params,):
       found = draw(params, prompts, seed=seed, ids=name_ids(part))
     paths = [run.encoder.steps_of(path.tokens) for path in found.paths]
-    return [part[path.problem] for path in found.paths], paths, found.generated
+    problems = [part[path.problem] for path in found.paths]
+    return Found(problems, paths, found.generated, found.weights())
 
   return find
 
@@ -297,6 +314,6 @@ def _guided(run: Run, policy: Any, prm: Any) -> Find:
       scorer = PrmScorer(run.model, judge, score_rows(config))
       descents = rule(params, scorer, prompts, seed=seed, ids=ids)
     paths = [run.encoder.steps_of(d.tokens) for d in descents.descents]
-    return repeated, paths, descents.generated
+    return Found(repeated, paths, descents.generated)
 
   return find
