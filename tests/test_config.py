@@ -143,6 +143,14 @@ def test_search_settings_of_trees_are_not_set_for_descents(write):
   assert found.search.rule == 'gumbel'
 
 
+def test_paths_without_replacement_are_drawn_as_the_policy_would(write):
+  found = faults(write('search: {rule: distinct, temperature: 0.7, top_k: 5, mix: 0.5}'))
+  assert len(found) == 3
+  assert "search.mix=0.5 has no meaning with search.rule='distinct'" in found[0]
+  assert "search.temperature=0.7 has no meaning with search.rule='distinct'" in found[1]
+  assert found[1].endswith('set it to 1') and found[2].endswith('set it to 0')
+
+
 def test_no_follow_up_faults_from_the_default_of_a_faulty_key(write):
   # With the default group of 8, 40 rows would not divide 12 problems * 8.
   found = faults(write('rl: {problems: 12, minibatch: 40, group: x}'))

@@ -298,6 +298,9 @@ def test_counts_of_a_small_run():
   voted = config.model_copy(update={'eval': config.eval.model_copy(update=told)})
   # Three policies, each searched and beside it sampled with as many tokens.
   assert counts.sampled(voted)['search test'] == 3 * 2 * 10 * 7
+  told = {'rule': 'distinct', 'simulations': 5}
+  distinct = config.model_copy(update={'search': config.search.model_copy(update=told)})
+  assert counts.sampled(distinct)['search'] == counts.sampled(distinct)['search control'] == 10 * 5
 
 
 def test_the_published_shapes_have_the_published_sizes():

@@ -69,6 +69,14 @@ def test_a_node_is_the_mean_of_the_rewards_that_passed_through_it():
   assert len(tree.paths) == 4  # equal paths are one
 
 
+def test_a_roll_out_counts_by_its_weight():
+  right = Trajectory('p', (PLAN, CODE), reward=1.0, weight=1.5)
+  wrong = Trajectory('p', (PLAN, WRONG), reward=0.0, weight=0.5)
+  tree = PrefixTree([right, wrong, rollout(ODD, reward=0.0)])
+  assert tree.valued(right).values == (0.75, 1.0) and tree.valued(right).visits == (2, 1)
+  assert tree.valued(wrong).values == (0.75, 0.0)
+
+
 def test_siblings_are_children_of_one_prefix():
   groups = {frozenset(p[-1] for p in group): group for group in small_tree().sibling_groups()}
   assert set(groups) == {frozenset([GOOD, BAD]), frozenset([CODE, WRONG])}
@@ -247,7 +255,7 @@ JUDGED = Verdict(WRONG_ANSWER, (TestResult(ACCEPTED), TestResult(WRONG_ANSWER)))
   'trajectory',
   [
     Trajectory('p', (PLAN, CODE), (0.25, 0.5), (4, 2), JUDGED, 0.5, 3, 'round1/synthesis'),
-    Trajectory('p', (PLAN, GOOD)),
+    Trajectory('p', (PLAN, GOOD), weight=0.25),
     Trajectory('p', (PLAN, WRONG), (0.5, 0.0), (2, 1), Verdict(SANDBOX_FAILURE), None),
   ],
   ids=['judged', 'cut off', 'masked'],
