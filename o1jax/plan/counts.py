@@ -123,10 +123,12 @@ def _descent(config: Config, children: int) -> float:
 
 
 def _scored(config: Config) -> float:
-  """Steps that the PRM scores: candidates of guided descents, and of roll-outs that have votes."""
+  """Steps that the PRM scores: of descents, of trees, and of roll-outs that have votes."""
   search, data, depth = config.search, config.data, config.search.depth_limit
+  trees = 0 if search.rule in ('guided', 'distinct') else search.simulations
+  guided = search.guided_descents if search.rule == 'guided' else 0
   new = data.per_round or data.train_problems
-  found = (config.run.rounds - 1) * new * search.guided_descents * depth * search.guided_children
+  found = (config.run.rounds - 1) * new * (trees + guided * depth * search.guided_children)
   if config.eval.test_time:
     voted = config.eval.search == 'voted'
     each = (depth + 1) * config.eval.search_simulations if voted else depth
