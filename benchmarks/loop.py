@@ -211,7 +211,9 @@ def main() -> None:
   parser.add_argument('--dir', default='runs/quickstart', help='run folders are DIR-SEED')
   parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
   parser.add_argument('overrides', nargs='*', metavar='section.key=value')
-  options = parser.parse_intermixed_args()
+  # Behind `--seeds 0 1 2` argparse would take an override for a seed.
+  arguments = sorted(sys.argv[1:], key=lambda x: x.startswith('-') or '=' not in x)
+  options = parser.parse_intermixed_args(arguments)
   folders = {seed: pathlib.Path(f'{options.dir}-{seed}') for seed in options.seeds}
   runs = {s: train(options.config, f, s, options.overrides) for s, f in folders.items()}
   policy_tables(runs)
