@@ -17,6 +17,7 @@ from o1jax.sampling import paths as paths_module
 from o1jax.sampling import sampler as sampler_module
 from o1jax.sampling import scorer as scorer_module
 from o1jax.sampling.cache import gather_rows, prefill
+from o1jax.sampling.distinct import Distinct
 from o1jax.sampling.guided import Guided, StepIds
 from o1jax.sampling.mcts import Search
 from o1jax.sampling.sampler import Sampler
@@ -50,6 +51,7 @@ def everything(prm):
   search = Search(few, STEPS, width=2, simulations=2, max_depth=3)
   forest = search(prm['trunk'], PROMPTS * 2, judge, seed=2)
   drawn = SAMPLER(prm['trunk'], PROMPTS, seed=3, samples=3)
+  distinct = Distinct(few, 3)(prm['trunk'], PROMPTS * 2, seed=4).paths
   rule = Guided(MODEL, STEPS, children=3, max_step=8, max_program=8, max_depth=2, rows=20)
   descents = rule(prm['trunk'], PrmScorer(MODEL, prm, rows=20), PROMPTS, seed=1).descents
   children = [c for d in descents for choice in d.choices for c in choice.children]
@@ -58,12 +60,14 @@ def everything(prm):
     'paths': forest.paths,
     'rollouts': [r.path for r in forest.rollouts],
     'visits': forest.tree.visits.tolist(),
+    'distinct': [path.tokens for path in distinct],
     'descents': [d.tokens for d in descents],
     'children': [c.tokens for c in children],
   }
   return tokens, [
     drawn.logprobs,
     sum((r.logprobs for r in forest.rollouts), ()),
+    sum((path.logprobs for path in distinct), ()),
     [c.score for c in children],
   ]
 
@@ -141,6 +145,24 @@ def test_no_row_of_a_cache_goes_to_another_device(label):
   for name, program in compiled.items():
     sent = Program(program.as_text()).collectives
     assert [c for c in sent if c.payload >= own] == [], name
+
+
+@pytest.mark.parametrize('label', ['4x2', '2x2x2'])
+def test_the_cache_behind_which_a_step_is_read_is_in_parts(label):
+  """It is no output of the program: its memory tells, behind prefixes that outweigh all else."""
+  mesh, prm, width = make_mesh(MESHES[label]), weights(), 1024
+  at = np.arange(ROWS, dtype=np.int32)
+  token = at[:, None]
+  with jax.set_mesh(mesh):
+    prm = shard(prm, param_shardings(mesh, MODEL, prm))
+    pool, table = kv_pool.empty_pool(MODEL, ROWS, ROWS), np.tile(at, (ROWS, width // ROWS))
+    behind = (table, at), token % 40, token >= 0, (token, at)
+    read = paths_module._read.lower(
+      MODEL, prm['trunk'], prm['head'], pool, *behind, measure=_log_odds
+    )
+    held = read.compile().memory_analysis().temp_size_in_bytes
+  whole = ROWS * width * kv_pool.token_bytes(MODEL)
+  assert held < whole / 2
 
 
 def test_rows_that_shrink_on_their_devices_draw_the_same(monkeypatch):
