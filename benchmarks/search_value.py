@@ -12,14 +12,15 @@ many samples as fit into what the costliest rule has drawn, rounded up, at tempe
 'cooler', at .7. Votes are by behaviour (Li et al. 2022, "AlphaCode"): programs that print the same
 on the inputs of the problem's tests vote together, so that here, alone, programs run first.
 
-On training problems of round 1, which policies and PRM of round 0 have not seen, programs are
-executed: problems solved by guided descents and by UCT on outcome, each beside sampling with as
-many tokens.
+On training problems of round 1, which policies and PRM of round 0 have not seen (and for the last
+policy, which has seen all, on dev), programs are executed: problems solved by guided descents, by
+UCT on outcome and by paths without replacement, each beside sampling with as many tokens.
 
 Outcomes are kept in `--out`, a file for each run, and not measured again. `--policies` leaves out
-those that are not named, as the tables name them ('base', 'round0/sft', ...), and `--ways` the
-ways that are not; `--problems` are the first of the test split, whatever the run's own report had.
-`--tune` tries settings on the dev split instead and prints what each solves.
+those that are not named, as the tables name them ('base', 'round0/sft', ...), `--ways` the ways
+that are not, and `--splits` test or train problems; `--problems` are the first of the test split,
+whatever the run's own report had. `--tune` tries settings on the dev split instead and prints what
+each solves.
 """
 
 from __future__ import annotations
@@ -40,54 +41,24 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import numpy as np
 from loop import ranged, short, table
-from search_paths import Case, Descents, Different, Found, Policy, Tokens, Trees
+from search_paths import Case, Found, Policy, Tokens, Trees
+from search_settings import BUDGETS, COOLER, GRID, RULES, SYNTHESIS, VOTED, Way
 
 from o1jax import config as config_lib
-from o1jax import search
 from o1jax.run import checkpoints, files
-from o1jax.sampling.draw import GREEDY, Drawing
+from o1jax.sampling.draw import GREEDY
 from o1jax.sandbox.zygote import Zygote, strongest
 from o1jax.stages.context import Run
 from o1jax.stages.evaluate import interval
 from o1jax.stages.setup import opened
 from o1jax.stages.test_time import elected
 
-BUDGETS = (100, 200, 400)  # generated tokens a problem; a greedy path takes some 35
 RESAMPLES = 2000
-COOLER = Drawing(0.7)
 BASELINES = ('greedy', 'majority', 'logprob', 'majority, cooler', 'logprob, cooler')
 # Samples of which the PRM chooses: the best, or by votes that its view of the worst step or of all
 # steps weighs.
 SCORED = ('prm', 'prm_vote', 'prm_product')
 WITH_PRM = (*SCORED, *(f'{how}, cooler' for how in SCORED))
-Way = Descents | Different | Trees
-
-# Chosen on dev, see docs/benchmarks.md: children of a descent's step; of a node, and simulations.
-WIDTHS = {100: 4, 200: 10, 400: 20}
-TREES = {100: (4, 5), 200: (8, 5), 400: (16, 5)}
-ROLLED_OUT = {100: (2, 2), 200: (2, 4), 400: (3, 5)}  # with two children 300 tokens use a tree up
-RULES: dict[str, dict[int, Way]] = {
-  'guided': {b: Descents(k) for b, k in WIDTHS.items()},
-  'puct': {b: Trees(search.puct, *n, mix=1.0, c=0.1) for b, n in TREES.items()},
-  'uct': {b: Trees(search.uct, *n, mix=1.0, c=0.1) for b, n in TREES.items()},
-  'gumbel': {b: Trees(search.gumbel_interior, *n, mix=1.0) for b, n in TREES.items()},
-  'guided, prior': {b: Descents(k, prior=0.5) for b, k in WIDTHS.items()},
-  'UCT, voted': {b: Trees(search.uct, *n, mix=0.0, c=0.3) for b, n in ROLLED_OUT.items()},
-  'cooler, voted': {
-    b: Trees(search.uct, *n, mix=0.0, c=0.3, how=COOLER) for b, n in ROLLED_OUT.items()
-  },
-}
-VOTED = ('UCT, voted', 'cooler, voted')  # rolled out to the end; the paths found answer by vote
-# Solved training problems: as the loop's synthesis searches.
-SYNTHESIS: dict[str, Way] = {
-  'guided, 1 descent': Descents(6, 1, temperature=0.5),
-  'guided, 2 descents': Descents(6, 2, temperature=0.5),
-  'guided, 4 descents': Descents(6, 4, temperature=0.5),
-  'UCT, 4 roll-outs': Trees(search.uct, 4, 1, mix=0.0, c=2.0),
-  'UCT, 12 roll-outs': Trees(search.uct, 4, 3, mix=0.0, c=2.0),
-  'without replacement, 4 paths': Different(4),
-  'without replacement, 12 paths': Different(12),
-}
 
 
 def policies(run: Run, folder: pathlib.Path) -> dict[str, Callable[[], Policy]]:
@@ -206,21 +177,23 @@ def one_run(
   zygote: Zygote,
   out: pathlib.Path,
   wanted: Sequence[str],
+  splits: Sequence[str],
   rules: Mapping[str, dict[int, Way]],
 ) -> None:
   """Adds to the file `out` what it lacks of the figures of a finished run."""
   found = files.read_json(out) or {'test': {}, 'train': {}}
   with reopened(folder, problems) as run:
-    for split, there in found.items():
+    for split, there in [(split, found[split]) for split in splits]:
       for name, policy in policies(run, folder).items():
         unwanted = wanted and name not in wanted
-        if unwanted or name in there or (split == 'train' and name not in ('base', 'round0/sft')):
+        if unwanted or name in there or (split == 'train' and name.endswith('PRM')):
           continue
         start = time.perf_counter()
         if split == 'test':
           there[name] = measure(Case(run, policy(), run.test[:problems], zygote), rules)
         else:
-          there[name] = synthesis(Case(run, policy(), run.new_problems(1)[:problems], zygote))
+          new = run.new_problems(1) if name in ('base', 'round0/sft') else run.dev
+          there[name] = synthesis(Case(run, policy(), new[:problems], zygote))
         out.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(out, found)
         seconds = time.perf_counter() - start
@@ -269,21 +242,6 @@ def tune(folder: pathlib.Path, problems: int, zygote: Zygote, wanted: Sequence[s
 
 
 PICKS = (*SCORED, 'majority', 'logprob')
-FUNCTIONS = {'puct': search.puct, 'uct': search.uct, 'gumbel': search.gumbel_interior}
-GRID: dict[str, Way] = {
-  f'guided K={k} x {n}, temperature {t}': Descents(k, n, t)
-  for k, n, t in ((4, 1, 0.0), (10, 1, 0.0), (20, 1, 0.0), (5, 2, 0.5), (3, 4, 0.5))
-}
-GRID |= {f'guided K=10 x 1, prior {w}': Descents(10, prior=w) for w in (0.25, 0.5, 1.0)}
-GRID |= {
-  f'{name} K={k} x {n}, mix {mix}, c {c}': Trees(rule, k, n, mix, c)
-  for name, rule in FUNCTIONS.items()
-  for k, n, mix, c in (
-    *((k, n, 1.0, 0.1) for k, n in ((4, 7), (4, 11), (8, 6), (16, 6), (8, 12))),
-    *((4, 7, 1.0, 1.0), (3, 2, 0.5, 0.1), (3, 2, 0.0, 0.1), (2, 4, 0.0, 0.3)),
-    *((2, 8, 0.0, 0.3), (3, 5, 0.0, 0.3), (4, 3, 0.0, 0.3)),
-  )
-}
 
 
 def _mean(outcomes: np.ndarray | None) -> float | str:
@@ -372,6 +330,7 @@ def main() -> None:
   parser.add_argument('--problems', type=int, default=200)
   parser.add_argument('--policies', nargs='+', default=[], metavar='NAME')
   parser.add_argument('--ways', nargs='+', default=[*RULES], choices=RULES, metavar='NAME')
+  parser.add_argument('--splits', nargs='+', default=['test', 'train'], choices=['test', 'train'])
   parser.add_argument('--tune', action='store_true')
   options = parser.parse_args()
   rules = {name: RULES[name] for name in options.ways}
@@ -383,7 +342,7 @@ def main() -> None:
     found = []
     for folder in options.runs:
       file = options.out / f'{folder.resolve().name}.json'
-      one_run(folder, options.problems, zygote, file, options.policies, rules)
+      one_run(folder, options.problems, zygote, file, options.policies, options.splits, rules)
       found.append(files.read_json(file))
   test, train = compare(found), compare_synthesis(found)
   show(test, train)
