@@ -83,6 +83,23 @@ def test_the_second_path_is_drawn_from_what_the_first_left():
   assert np.mean(deviation**2) < 1.5  # 1 in the mean; the standard error of it is below .2
 
 
+def test_what_follows_is_drawn_anew():
+  """How often two paths of two tokens that begin differently end alike, against chance."""
+  count, vocabulary = 2000, MODEL.config.vocab_size
+  two = dataclasses.replace(SAMPLER, max_new=2, rows=512)
+  found = draw(2, [PROMPTS[0]] * count, two, ids=np.arange(count)).paths
+  rows = [[*PROMPTS[0], t] for t in range(vocabulary)]
+  p = np.exp(forward_of(32)(rows)[:, len(PROMPTS[0])].astype(np.float64))  # of the second token
+  alike = [
+    (a.tokens[1] == b.tokens[1], p[a.tokens[0]] @ p[b.tokens[0]])
+    for a, b in zip(found[::2], found[1::2], strict=True)
+    if len(a.tokens) == len(b.tokens) == 2 and a.tokens[0] != b.tokens[0]
+  ]
+  seen, chance = np.array(alike, float).T
+  assert len(seen) > 500
+  assert abs(seen.sum() - chance.sum()) < 4 * np.sqrt((chance * (1 - chance)).sum())
+
+
 def test_a_problem_draws_the_same_in_any_batch():
   together = draw(6, seed=3)
   for p in range(len(PROMPTS)):
