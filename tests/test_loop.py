@@ -239,7 +239,8 @@ def over(folder, processes, config):
 def test_two_processes_end_with_the_summary_of_one(tmp_path):
   config = tmp_path / 'small.yaml'
   ahead = 'iterations: 2, staleness: 1, importance_cap: 2,'  # the other tests are on policy
-  config.write_text(SMALL.replace('iterations: 1,', ahead))
+  distinct = SMALL.replace('search: {', 'search: {rule: distinct, ')  # the next one grows trees
+  config.write_text(distinct.replace('iterations: 1,', ahead))
   one, two = (over(tmp_path / str(n), n, config) for n in (1, 2))
   assert two == one  # to the last digit: a sum of two parts has no order
   chunks = sorted((tmp_path / '1').glob('stages/**/trajectories/*.jsonl'))
