@@ -167,7 +167,7 @@ def other_tables(runs: dict[int, dict], stages: dict[int, dict[str, dict]]) -> N
   )
   keys = ('solved', 'first_solved', 'tokens', 'sampling_solved', 'sampling_first_solved')
   table(
-    'Guided synthesis beside sampling',
+    'Synthesis beside sampling',
     ('seed', 'stage', *(key.replace('_', ' ') for key in keys), 'sampling tokens', 'at most'),
     [
       (seed, name, *(result[key] for key in (*keys, 'sampling_tokens')), _most(result))
