@@ -1,5 +1,6 @@
 """Weights in a layout of their own while they sample: which, the same tokens, none gathered."""
 
+import dataclasses
 import re
 import types
 
@@ -59,6 +60,14 @@ def test_numbers_that_do_not_divide_are_refused_before_the_start(tmp_path):
     setup._checked(Config.model_validate(given))
   faults = layout.sampling_faults(config_of(sampling=8), SHAPE, make_mesh(FSDP))
   assert faults == ['mesh.sampling: heads=12 does not divide over tensor=8; use auto']
+
+
+def test_paths_that_a_search_has_no_positions_for_are_refused_before_the_start():
+  short = Model(dataclasses.replace(SHAPE.config, max_position=96 + 2 * 96))  # config's defaults
+  assert layout.sampling_faults(config_of(), short, make_mesh(FSDP)) == []
+  short = Model(dataclasses.replace(SHAPE.config, max_position=96 + 2 * 96 - 1))
+  (fault,) = layout.sampling_faults(config_of(), short, make_mesh(FSDP))
+  assert 'twice data.max_path_tokens=96 are 288 tokens' in fault and 'max_position=287' in fault
 
 
 @pytest.mark.parametrize('sampling', [1, 2])

@@ -55,7 +55,23 @@ def sampling_mesh(config: Config, model: Model, mesh: Mesh, trees: Any, memory: 
 
 
 def sampling_faults(config: Config, model: Model, mesh: Mesh) -> list[str]:
-  """What is wrong with a number in `mesh.sampling`, with both numbers."""
+  """What cannot be sampled: paths beyond the model's positions, or over `mesh.sampling`."""
+  return _length_faults(config, model) + _mesh_faults(config, model, mesh)
+
+
+def _length_faults(config: Config, model: Model) -> list[str]:
+  prompt, path = config.data.max_prompt_tokens, config.data.max_path_tokens
+  longest, limit = prompt + 2 * path, model.config.max_position
+  if longest <= limit:
+    return []
+  return [
+    f'data.max_prompt_tokens={prompt} and twice data.max_path_tokens={path} are {longest} tokens, '
+    f"which exceed the model's max_position={limit}; lower them (a search draws whole paths behind "
+    'parts of others)'
+  ]
+
+
+def _mesh_faults(config: Config, model: Model, mesh: Mesh) -> list[str]:
   ways = config.mesh.sampling
   if isinstance(ways, str):
     return []
