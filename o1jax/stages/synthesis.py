@@ -120,7 +120,7 @@ def synthesize(
         found = as_trajectories(run, new_paths.problems, new_paths.paths, **told)
         by_id = {p.id: steps_lib.prompt_of(p.statement) for p in part}
         rows = [stepwise.to_row(t, by_id[t.problem_id]) for t in found]
-        share = new_paths.generated / len(rows)
+        share = new_paths.generated / max(1, len(rows))  # none where no path was one
         chunks.write(index, [r | {'share_tokens': share} for r in rows])
         run.bench.store.drop_checkpoints(name)  # of the chunk's search, which is over
         bar.update(index + 1)
