@@ -232,7 +232,7 @@ def test_a_program_that_cannot_be_read_still_has_its_memory():
   ],
 )
 def test_a_run_has_the_steps_that_its_config_asks_for(settings, names):
-  config = config_lib.check({'rl': settings})
+  config = config_lib.check({'rl': settings, 'data': {'max_path_tokens': 80}})
   found = steps.of_run(config, MODEL, make_mesh({}, jax.devices()[:1]))
   always = {'tcg/sft', 'tcg/logprobs', 'tcg/dpo', 'tcg/control', 'policy_sft', 'prm'}
   always |= {'prefill', 'expand', 'decode', 'score'}
