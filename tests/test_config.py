@@ -149,6 +149,8 @@ def test_paths_without_replacement_are_drawn_as_the_policy_would(write):
   assert "search.mix=0.5 has no meaning with search.rule='distinct'" in found[0]
   assert "search.temperature=0.7 has no meaning with search.rule='distinct'" in found[1]
   assert found[1].endswith('set it to 1') and found[2].endswith('set it to 0')
+  (fault,) = faults(write('search: {rule: distinct, keep_trees: true}'))
+  assert fault.startswith("search.keep_trees=True has no meaning with search.rule='distinct'")
 
 
 def test_no_follow_up_faults_from_the_default_of_a_faulty_key(write):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sampling_cases import EOS, MAX_NEW, MODEL, PROMPTS, forward_of, tiny_params
 
 from o1jax.sampling import Distinct, Drawing, Sampler
-from o1jax.sampling.distinct import Explored
+from o1jax.sampling.distinct import Explored, NewPath, NewPaths
 
 SAMPLER = Sampler(MODEL, max_new=MAX_NEW, stop_ids=(EOS,), rows=32)
 
@@ -115,6 +115,16 @@ def test_more_problems_than_rows():
   found = draw(3, prompts, few)
   wide = draw(3, prompts)
   assert [p.tokens for p in found.paths] == [p.tokens for p in wide.paths]
+
+
+def test_weights_of_paths_that_are_unlikelier_than_a_float_can_be():
+  def path(problem, logprob):
+    return NewPath(problem, (5, EOS), (logprob, 0.0), 0, True)
+
+  found = NewPaths((path(0, -2000.0), path(0, -2000.0 + math.log(3)), path(1, -1.0)), 0, 0)
+  assert found.weights() == pytest.approx([0.5, 1.5, 1.0])
+  far = NewPaths((path(0, -1.0), path(0, -2000.0)), 0, 0).weights()
+  assert far[0] == pytest.approx(2) and 0 < far[1] < 1e-6
 
 
 def test_a_truncated_distribution_is_refused():

@@ -118,6 +118,10 @@ class SearchConfig(Section):
         if getattr(self, key) != whole:
           text = f"search.{key}={getattr(self, key)} has no meaning with search.rule='distinct'"
           yield (key, 'rule'), f'{text}, which draws as the policy would; set it to {whole:g}'
+      for key in ('widening', 'keep_trees'):
+        if value := getattr(self, key):
+          text = f"search.{key}={value} has no meaning with search.rule='distinct'"
+          yield (key, 'rule'), f"{text}; use 'guided', 'uct', 'puct' or 'gumbel', or leave it out"
     if self.most_children and self.most_children <= self.children:
       text = f'search.most_children={self.most_children} leaves no room above search.children'
       yield ('most_children', 'children'), f'{text}={self.children}; raise it, or set it to 0'

@@ -27,9 +27,10 @@ from o1jax.sampling.memory import check_memory
 from o1jax.sampling.paged import continue_paths, widest
 from o1jax.sampling.paths import Path, Paths
 from o1jax.sampling.rows import NONE
-from o1jax.sampling.sampler import FEWEST, Sampler, Samples, check_prompts
+from o1jax.sampling.sampler import FEWEST, Sampler, Samples, named, power_of_two
 
 LEAST = 1e-6  # less probability than this is none: float32 sums do not tell
+LIGHTEST = 1e-9  # weight of a path: means over paths that weigh nothing would have no value
 Tokens = tuple[int, ...]
 
 
@@ -63,10 +64,13 @@ class NewPaths:
     By its probability among the paths of its problem, so that weighted means are the policy's as
     far as they hold all that is likely.
     """
-    mass, count = collections.Counter(), collections.Counter(p.problem for p in self.paths)
+    of = collections.defaultdict(list)
     for path in self.paths:
-      mass[path.problem] += math.exp(path.logprob)
-    return [count[p.problem] * math.exp(p.logprob) / mass[p.problem] for p in self.paths]
+      of[path.problem].append(path.logprob)
+    # Over the likeliest: the probability of a long path may be none that a float can hold.
+    mass = {p: sum(math.exp(x - max(each)) for x in each) for p, each in of.items()}
+    share = lambda p: math.exp(p.logprob - max(of[p.problem])) / mass[p.problem]  # noqa: E731
+    return [max(len(of[p.problem]) * share(p), LIGHTEST) for p in self.paths]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +110,7 @@ class Distinct:
       ValueError: a prompt and twice the sampler's `max_new` exceed the model's positions, or what
         is kept exceeds memory.
     """
-    ids = np.arange(len(prompts)) if ids is None else np.asarray(ids)
-    check_prompts(prompts, ids)
-    run = _Drawing(self.sampler, params, prompts, seed, ids.reshape(len(prompts), -1))
+    run = _Drawing(self.sampler, params, prompts, seed, named(prompts, ids))
     for attempt in range(self.count):
       if not run.draw(attempt):
         break
@@ -144,17 +146,18 @@ class Explored:
       The tokens up to there, their log-probs, and the tokens that may not follow.
     """
     node, tokens, logprobs = self, (), ()
-    while 1.0 - node.gone > LEAST:
+    while True:
       children = list(node.children.items())
-      left = [p * (1.0 - child.gone) for _, (p, child) in children]
-      left.append(1.0 - sum(p for _, (p, _) in children))  # for all other tokens
-      left = np.where(np.array(left) > LEAST * (1.0 - node.gone), left, 0.0)
+      left = [p * (1.0 - c.gone) if 1.0 - c.gone > LEAST else 0.0 for _, (p, c) in children]
+      rest = 1.0 - sum(p for _, (p, _) in children)  # for all other tokens
+      left = np.array([*left, rest if rest > LEAST else 0.0])
+      if not left.any():
+        return None
       pick = int(rng.choice(len(left), p=left / left.sum()))
       if pick == len(children):
         return tokens, logprobs, tuple(node.children)
       token, (p, node) = children[pick]
       tokens, logprobs = (*tokens, token), (*logprobs, math.log(p))
-    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,9 +224,9 @@ class _Drawing:
     """The paths up to the token by which they leave."""
     paths = [where.path for where in leaving]
     self.paths.read(paths)
-    rows = max(FEWEST, 1 << (len(paths) - 1).bit_length())
+    rows = max(FEWEST, power_of_two(len(paths)))
     most = max(len(where.banned) for where in leaving)
-    banned = np.full((rows, 1 << max(0, most - 1).bit_length()), NONE, np.int32)
+    banned = np.full((rows, power_of_two(most)), NONE, np.int32)
     for row, where in zip(banned, leaving, strict=False):
       row[: len(where.banned)] = where.banned
     uniform = np.zeros(rows, np.float32)

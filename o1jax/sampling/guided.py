@@ -21,7 +21,7 @@ from o1jax.parallel.distributed import fetch
 from o1jax.sampling.draw import GREEDY, SAMPLE, Drawing
 from o1jax.sampling.paged import continue_paths
 from o1jax.sampling.paths import Path, Paths
-from o1jax.sampling.sampler import Sampler, Samples, check_prompts, length_batches, pad_prompts
+from o1jax.sampling.sampler import Sampler, Samples, length_batches, named, pad_prompts
 from o1jax.sampling.scorer import Scorer
 
 
@@ -153,9 +153,7 @@ class Guided:
       ids: [prompts] or [prompts, I] ints that name each descent, e.g. (problem,
         attempt); None for 0, 1, 2, ...
     """
-    ids = np.arange(len(prompts)) if ids is None else np.asarray(ids)
-    check_prompts(prompts, ids)
-    ids = ids.reshape(len(prompts), -1)
+    ids = named(prompts, ids)
     descents: list[Descent | None] = [None] * len(prompts)
     costs = np.zeros(3, int)
     for batch in length_batches(prompts, self.rows // self.children):

@@ -27,7 +27,7 @@ from o1jax.sampling.guided import StepIds
 from o1jax.sampling.memory import check_memory
 from o1jax.sampling.paged import continue_paths, widest
 from o1jax.sampling.paths import Path, Paths
-from o1jax.sampling.sampler import Sampler, Samples, check_prompts
+from o1jax.sampling.sampler import Sampler, Samples, named
 from o1jax.search import Allowed, Rule, constant, uct
 
 # (problem index, path tokens after the prompt) -> returns in [0, 1], NaN for masked.
@@ -112,9 +112,7 @@ class Search:
     """
     if self.mix and score is None:
       raise ValueError(f'mix={self.mix} needs a score, which gives the process rewards')
-    ids = np.arange(len(prompts)) if ids is None else np.asarray(ids)
-    check_prompts(prompts, ids)
-    ids = ids.reshape(len(prompts), -1)
+    ids = named(prompts, ids)
     parts = halves(len(prompts)) if self.overlap else [np.arange(len(prompts))]
     if saved is not None:  # by as many processes as there were then
       parts = half_grown.problems_of(saved)

@@ -32,6 +32,7 @@ from o1jax.sampling.sampler import (
   Sampler,
   Samples,
   empty_samples,
+  power_of_two,
   round_up,
 )
 
@@ -116,7 +117,7 @@ class _Queue:
     stay = parts_of(on, len(where))
     wanted = min(len(on) + len(self.todo) - self.next, self.sampler.rows)
     wanted = max(wanted, len(stay) * max(map(len, stay)))
-    rows = min(self.sampler.rows, max(FEWEST_ROWS, 1 << (wanted - 1).bit_length() if wanted else 0))
+    rows = min(self.sampler.rows, max(FEWEST_ROWS, power_of_two(wanted)))
     rows = round_up(rows, ambient_ways())
     new = np.arange(self.next, min(self.next + rows - len(on), len(self.todo)))
     self.next += len(new)
@@ -236,7 +237,7 @@ def _roomy(columns: int) -> int:
 
 def _uniforms(seed: int, ids: np.ndarray, count: int) -> np.ndarray:
   """All random numbers of the rows, [n, count]; a power of two of rows, to compile seldom."""
-  size = 1 << (len(ids) - 1).bit_length()
+  size = power_of_two(len(ids))
   names = np.pad(np.asarray(ids, np.uint32), ((0, size - len(ids)), (0, 0)))
   return np.asarray(_draw(np.uint32(seed), names, count))[: len(ids)]
 

@@ -23,7 +23,7 @@ from o1jax.sampling.cache import DecodeState, extend
 from o1jax.sampling.kv_pool import KvPool, empty_pool, gather, store, store_last
 from o1jax.sampling.memory import alike
 from o1jax.sampling.rows import NONE
-from o1jax.sampling.sampler import FEWEST, PROMPT_MULTIPLE, length_batches, round_up
+from o1jax.sampling.sampler import FEWEST, PROMPT_MULTIPLE, length_batches, power_of_two, round_up
 
 Path = tuple[Any, ...]  # (index of the prompt, *steps), a step being a tuple of token ids
 SMALLEST = 64  # tokens copied at once are padded to this or a higher power of two
@@ -139,11 +139,13 @@ class Paths:
   def _width(self, path: Path) -> int:
     """Columns that its last step is padded to where it is read."""
     tokens = len(self.tokens(path))
-    return round_up(tokens, PROMPT_MULTIPLE) if len(path) == 1 else max(SHORTEST, _power(tokens))
+    return (
+      round_up(tokens, PROMPT_MULTIPLE) if len(path) == 1 else max(SHORTEST, power_of_two(tokens))
+    )
 
   def _read_batch(self, paths: list[Path], width: int, measure, extra, keep) -> jax.Array:
     steps = [self.tokens(p) for p in paths]
-    rows = round_up(min(self.rows, max(FEWEST, _power(len(paths)))), ambient_ways())
+    rows = round_up(min(self.rows, max(FEWEST, power_of_two(len(paths)))), ambient_ways())
     tokens, mask = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
     for r, step in enumerate(steps):
       tokens[r, : len(step)] = step
@@ -315,12 +317,8 @@ def _prefixes(path: Path) -> Iterator[Path]:
   return (path[:n] for n in range(1, len(path) + 1))
 
 
-def _power(count: int) -> int:
-  return 1 << max(0, count - 1).bit_length()
-
-
 def _padded(values: Sequence[int] | np.ndarray, fill: int) -> np.ndarray:
   """Indices, padded to a power of two of at least SMALLEST."""
-  padded = np.full(max(SMALLEST, _power(len(values))), fill, np.int32)
+  padded = np.full(max(SMALLEST, power_of_two(len(values))), fill, np.int32)
   padded[: len(values)] = values
   return padded

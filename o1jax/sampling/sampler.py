@@ -86,9 +86,7 @@ class Sampler:
     Raises:
       ValueError: an empty prompt.
     """
-    ids = np.arange(len(prompts)) if ids is None else np.asarray(ids)
-    check_prompts(prompts, ids)
-    ids = ids.reshape(len(prompts), -1)
+    ids = named(prompts, ids)
     ways = ambient_ways()
     own = round_up(self.rows, ways) // ways
     each = _divisor(samples, own)  # begin together where a prompt has been read
@@ -226,12 +224,18 @@ def _gather(rows: Continuation, index: jax.Array, alive: jax.Array) -> Continuat
   return Continuation(state, *fields, live=alive, steps=rows.steps, marked=marked, mark=mark)
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], ids: np.ndarray) -> None:
-  """Raises ValueError for an empty prompt or ids that do not name every prompt."""
+def named(prompts: Sequence[Sequence[int]], ids: np.ndarray | None) -> np.ndarray:
+  """The ids that name each prompt's draws, [prompts, P]; None stands for 0, 1, 2, ...
+
+  Raises:
+    ValueError: an empty prompt, or ids that do not name every prompt.
+  """
+  ids = np.arange(len(prompts)) if ids is None else np.asarray(ids)
   if empty := [i for i, p in enumerate(prompts) if not len(p)]:
     raise ValueError(f'prompt {empty[0]} is empty; begin it with a bos token at least')
   if len(ids) != len(prompts):
     raise ValueError(f'{len(ids)} ids for {len(prompts)} prompts; give one (or one row) each')
+  return ids.reshape(len(prompts), -1)
 
 
 def length_batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
@@ -247,7 +251,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], largest: int) -> tuple[np.ndar
   P is a power of two from FEWEST on, or `largest` if that is less, rounded up to what divides over
   the ambient mesh; T a multiple of PROMPT_MULTIPLE. Padding rows are prompts of one token 0.
   """
-  count = min(largest, max(FEWEST, 1 << (len(prompts) - 1).bit_length()))
+  count = min(largest, max(FEWEST, power_of_two(len(prompts))))
   count = round_up(count, ambient_ways())
   width = round_up(max(map(len, prompts)), PROMPT_MULTIPLE)
   tokens = np.zeros((count, width), np.int32)
@@ -256,6 +260,11 @@ def pad_prompts(prompts: Sequence[Sequence[int]], largest: int) -> tuple[np.ndar
     tokens[row, : len(prompt)] = prompt
     lengths[row] = len(prompt)
   return tokens, lengths
+
+
+def power_of_two(count: int) -> int:
+  """The least power of two that is not below `count`."""
+  return 1 << max(0, count - 1).bit_length()
 
 
 def round_up(value: int, multiple: int) -> int:

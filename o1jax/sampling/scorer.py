@@ -21,7 +21,7 @@ from o1jax.parallel.ambient import ambient_ways, on_own_rows
 from o1jax.parallel.distributed import fetch
 from o1jax.sampling.cache import DecodeState, extend, gather_rows, grow, laid_out, prefill
 from o1jax.sampling.rows import NONE, parts_of, side_by_side, take_rows
-from o1jax.sampling.sampler import COLUMN_MULTIPLE, length_batches, round_up
+from o1jax.sampling.sampler import COLUMN_MULTIPLE, length_batches, power_of_two, round_up
 
 SHORTEST = 8  # steps are read padded to this or a higher power of two: a compiled chunk each
 
@@ -210,4 +210,4 @@ def pad_steps(steps: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _padded(steps: Sequence[Sequence[int]]) -> int:
-  return max(SHORTEST, 1 << (max(map(len, steps)) - 1).bit_length())
+  return max(SHORTEST, power_of_two(max(map(len, steps))))
